@@ -1,0 +1,3935 @@
+#!/usr/bin/env python3
+"""sparkctl - one address and one arbiter for the GPUs of your NVIDIA DGX Sparks.
+
+It knows a catalog of models, swaps what vLLM serves over ssh, tells the truth about every step, and gives
+applications one stable OpenAI-compatible address. It is a control plane: it runs no jobs of yours, stores no
+prompts, and never starts a model that nobody asked for.
+
+    python3 sparkctl.py                 serve the page and the API on 127.0.0.1:9999
+    python3 sparkctl.py --demo          the same with two pretended Sparks; needs no hardware
+    python3 sparkctl.py check           print settings, catalog, slots and services with every problem (exit 0/1/2)
+
+Contents (each section uses only names from the sections above it; a test proves it)
+   1  settings       one table: name, default, parser, help; environment > settings.yaml > default
+   2  small helpers  refusals, clock, quoting, atomic files
+   3  hosts          the only subprocess: ssh, its failures told apart
+   4  catalog        models.yaml + overrides -> frozen ModelDef records
+   5  services       slots, backends and services from services-overrides.yaml
+   6  backends       what is run on a Spark: pure builders of shell text, every value through quote_arg
+   7  engine         what a vLLM says: its HTTP answers, its log lines
+   8  swap rules     phases, the one table of transitions, invariants, checks: pure
+   9  swap           the worker that acts: SwapManager
+  10  monitor        who watches Sparks and slots, events
+  11  data path      /v1: which slot, hold while it swaps, relay bytes as they come
+  12  http           routes, guards, long-poll
+  13  demo           a pretended engine, run by the very same swap code
+  14  command line
+
+Threads: the main thread waits for a signal; `accept` takes connections, one thread each; `swap` performs the
+running swap, alone; `config` re-reads changed files; `spark-NAME` and `slot-NAME` poll, one each, so that a dead
+Spark delays only itself; `follow` reads an engine's log during a swap; `pump` copies a long upload.
+Locks: Hub.changed guards the version that long-polls wait on; SwapManager._lock the running swap and what each
+slot was given; Gate._cond the holding and counting of requests; Events._lock the event list; SwapLog._lock a
+swap's log lines; Monitor._lock what the polls last saw; Hosts._lock the resolved addresses.
+No lock is held across ssh, HTTP or sleep. Order where two nest: SwapManager._lock, then any of the others.
+Trusted: the two YAML files, the environment, the user that ssh logs in as. Not trusted: clients, web pages in
+the owner's browser, what an engine or a Spark answers.
+"""
+import argparse
+import base64
+import collections
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import hmac
+import http.client
+import ipaddress
+import json
+import math
+import os
+import queue
+import re
+import secrets
+import select
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Callable, NamedTuple
+
+try:
+    import yaml
+except ImportError:
+    sys.exit("sparkctl needs PyYAML: run `sudo apt-get install -y python3-yaml` (Debian, Ubuntu, DGX OS) "
+             f"or `{sys.executable} -m pip install PyYAML`")
+
+VERSION = "0.1.0"
+HERE = os.path.dirname(os.path.abspath(__file__))
+GIB = 1 << 30
+
+# === 1 settings ===============================================================
+# One row per setting. The environment, <data>/settings.yaml, `check`, the page and README's table all come from
+# here. A blank value means the default; a bad one falls back to the default and is reported, never fatal.
+
+
+def text(value):
+    """Any single line of text."""
+    if any(ord(c) < 32 or ord(c) == 127 for c in value):
+        raise ValueError("must not contain control characters")
+    return value
+
+
+def number(low, high, whole=False):
+    """A parser of numbers from low to high."""
+    def parse(value):
+        got = int(value) if whole else float(value)
+        if not low <= got <= high:
+            raise ValueError(f"must be from {low} to {high}")
+        return got
+    return parse
+
+
+def flag(value):
+    """on/off, true/false, yes/no, 1/0."""
+    got = {"on": True, "true": True, "yes": True, "1": True,
+           "off": False, "false": False, "no": False, "0": False}.get(value.lower())
+    if got is None:
+        raise ValueError("must be on or off")
+    return got
+
+
+def names(value):
+    """A comma-separated list; blanks are dropped."""
+    return tuple(part.strip() for part in text(value).split(",") if part.strip())
+
+
+def host_name(value):
+    """A host for ssh: a name, an ssh alias, an address, or `local`. Charset-checked although it follows `--`."""
+    if value and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,252}", value):
+        raise ValueError("must be a host name, an address or an ssh alias (letters, digits, . _ : -)")
+    return value
+
+
+def user_name(value):
+    if value and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}", value):
+        raise ValueError("must be a login name (letters, digits, . _ -)")
+    return value
+
+
+def container_name(value):
+    """Docker's own rule for names, https://docs.docker.com/reference/cli/docker/container/run/#name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", value):
+        raise ValueError("must be a container name (letters, digits, . _ -)")
+    return value
+
+
+def abs_paths(value):
+    paths = names(value)
+    for path in paths:
+        if not path.startswith("/") or os.path.normpath(path) != path:
+            raise ValueError(f"{path!r} is not an absolute, normalised path")
+    return paths
+
+
+class Setting(NamedTuple):
+    name: str
+    default: str
+    parse: Callable
+    help: str
+    secret: bool = False        # never returned, logged, or put on a command line
+
+
+PORT, SECONDS = number(1, 65535, whole=True), number(0, 86400)
+SETTINGS = (
+    Setting("SPARKCTL_BIND", "127.0.0.1", text, "address to listen on; loopback unless you say otherwise"),
+    Setting("SPARKCTL_PORT", "9999", number(0, 65535, whole=True), "port to listen on (0 = any free one)"),
+    Setting("SPARKCTL_DATA", "data", text, "directory for state; relative to the script (environment or --data only)"),
+    Setting("SPARKCTL_API_KEY", "", text, "key that clients send as `Authorization: Bearer …`; blank = no key", True),
+    Setting("SPARKCTL_ALLOWED_HOSTS", "", names, "further Host names to answer to, besides IP addresses, localhost, "
+            "this machine's names and *.local"),
+    Setting("VLLM_API_KEY", "", text, "key sent to the engines", True),
+    *(Setting(f"SPARK{n}_{part}", "", parse, help_text) for n in range(1, 9) for part, parse, help_text in (
+        ("HOST", host_name, f"Spark {n}: host name, address or ssh alias; `local` = this machine, without ssh"),
+        ("USER", user_name, f"Spark {n}: ssh user; blank = whatever ssh chooses"))),
+    Setting("LAUNCH_DIR", "~/spark-vllm-docker", text, "directory of launch-cluster.sh on the Sparks"),
+    Setting("VLLM_PORT", "8888", PORT, "port that the engine of slot main listens on"),
+    Setting("VLLM_CONTAINER", "vllm_node", container_name, "container that the engine of slot main runs in"),
+    Setting("DISABLED_SERVICES", "", names, "services without a tile or probe, comma-separated"),
+    Setting("MODELS_OVERRIDES", "", text, "file for knobs and models added at run time; "
+            "blank = models-overrides.yaml in the data directory"),
+    Setting("LOCAL_MODEL_ROOTS", "/home,/data,/models,/mnt,/srv", abs_paths, "directories that local models may be below"),
+    Setting("SWAP_DRAIN_SECONDS", "30", SECONDS, "longest wait for requests in flight before an engine is stopped"),
+    Setting("SWAP_STOP_TIMEOUT", "120", number(1, 3600), "longest time for an engine to stop and give its memory back, seconds"),
+    Setting("SWAP_LAUNCH_TIMEOUT", "300", number(1, 3600), "longest time for the launcher, seconds"),
+    Setting("SWAP_LOAD_TIMEOUT", "1800", number(1, 86400), "longest time for a model to load, seconds"),
+    Setting("SWAP_ANSWER_TIMEOUT", "60", number(1, 3600), "longest time from the engine's word that it is up to its first answer, seconds"),
+    Setting("SWAP_ROLLBACK", "on", flag, "launch the previous model again when a swap fails after the stop"),
+    Setting("HOLD_SECONDS", "60", SECONDS, "longest time a /v1 request is held while its slot swaps"),
+    Setting("MAX_BODY_MB", "32", number(1, 1024), "largest body of an API or /v1 request, MiB"),
+    Setting("POLL_SECONDS", "5", number(1, 3600), "time between two looks at a Spark or a slot"),
+)
+SETTING = {s.name: s for s in SETTINGS}
+SECRETS = tuple(s.name for s in SETTINGS if s.secret)
+
+
+class Settings(NamedTuple):
+    """An immutable snapshot: parsed values, where each came from, and what was wrong."""
+    values: dict
+    sources: dict               # name -> command line | environment | file | default
+    warnings: tuple             # sentences; never contain a secret's value
+
+    def __getitem__(self, name):
+        return self.values[name]
+
+    def public(self):
+        """Rows for the page and the API; a secret shows only whether it is set."""
+        return [{"name": s.name, "value": ("set" if self[s.name] else "") if s.secret else
+                 ",".join(self[s.name]) if isinstance(self[s.name], tuple) else self[s.name],
+                 "source": self.sources[s.name], "help": s.help, "secret": s.secret, "default": s.default} for s in SETTINGS]
+
+
+def parse_settings(env, file_values=None, flags=None, file_label="settings.yaml"):
+    """Three mappings of texts -> Settings. Never raises: a bad value becomes a warning and the next source counts."""
+    values, sources, warnings = {}, {}, []
+    file_values = file_values or {}
+    for name in sorted(set(map(str, file_values)) - set(SETTING), key=str):
+        warnings.append(f"{file_label}: {name} is not a setting")
+    for s in SETTINGS:
+        values[s.name], sources[s.name] = s.parse(s.default), "default"
+        places = (("command line", flags or {}), ("environment", env), ("file", file_values))
+        for label, place in places:
+            raw = place.get(s.name)
+            if isinstance(raw, bool):
+                raw = "on" if raw else "off"
+            if isinstance(raw, (list, tuple)):
+                raw = ",".join(map(str, raw))
+            raw = "" if raw is None else str(raw).strip()
+            if not raw:
+                continue
+            if label == "file" and s.name == "SPARKCTL_DATA":
+                warnings.append(f"{file_label}: SPARKCTL_DATA says where this file is, so it cannot stand in it")
+                continue
+            try:
+                values[s.name], sources[s.name] = s.parse(raw), label
+                break
+            except ValueError as e:
+                shown = "its value" if s.secret else repr(raw[:200])
+                why = str(e) if str(e).startswith(("must", repr(raw)[:3])) else "is not valid"
+                warnings.append(f"{s.name}: {shown} from the {label} {why}; using the next source")
+    return Settings(values, sources, tuple(warnings))
+
+
+# === 2 small helpers ==========================================================
+# Refusals carry their HTTP status; section 12 turns them into {"error": {...}}. Files are written whole or not at all.
+
+
+class Refused(Exception):
+    """A request that we will not do. str(e) is shown to the caller, so it never holds a secret."""
+
+    def __init__(self, status, code, message, headers=(), **details):
+        super().__init__(message)
+        self.status, self.code, self.headers, self.details = status, code, dict(headers), details
+
+    def body(self):
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "code": self.code, **self.details}}
+
+
+class Problem(NamedTuple):
+    """Something wrong in a file, precise enough to mend it."""
+    file: str
+    entry: str
+    field: str
+    message: str
+
+    def __str__(self):
+        return ": ".join(p for p in (self.file, ".".join(p for p in (self.entry, self.field) if p), self.message) if p)
+
+
+def utc(seconds=None):
+    """RFC 3339 in UTC with milliseconds, of a Unix time or of now."""
+    moment = datetime.fromtimestamp(time.time() if seconds is None else seconds, timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def quote_arg(value):
+    """The one way a value reaches a shell: as exactly one argument, whatever it contains.
+
+    Raises ValueError for a NUL, which no argv can carry, and for text that is not valid Unicode.
+    """
+    value = str(value)
+    if "\0" in value:
+        raise ValueError("a NUL character cannot be passed to a program")
+    value.encode()                                # lone surrogates: UnicodeEncodeError is a ValueError
+    return shlex.quote(value)
+
+
+def quote_path(path):
+    """Like quote_arg, for a path on the Spark whose leading ~/ means that user's home."""
+    if path == "~":
+        return '"$HOME"'
+    return '"$HOME"/' + quote_arg(path[2:]) if path.startswith("~/") else quote_arg(path)
+
+
+def printable(line, limit=4000):
+    """Text from outside made safe for a terminal and a log: no control characters, bounded."""
+    line = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)
+    return "".join(c if c >= " " and c != "\x7f" else " " if c == "\t" else "\ufffd" for c in line)[:limit]
+
+
+def nearest(word, known):
+    """The most similar known word, or None: for `did you mean`."""
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def write_atomic(path, data, mode=0o600):
+    """Write bytes to a temporary file beside path, fsync, rename, fsync the directory. Raises OSError."""
+    folder = os.path.dirname(path)
+    fd, temporary = tempfile.mkstemp(prefix=".tmp-", dir=folder)
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_state(path, warn):
+    """The JSON object in path, or {} if there is none. A torn or foreign file is set aside and reported."""
+    try:
+        with open(path, "rb") as f:
+            got = json.loads(f.read())
+        if not isinstance(got, dict):
+            raise ValueError("not an object")
+        return got
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as e:
+        aside = f"{path}.bad-{int(time.time())}"
+        with contextlib.suppress(OSError):
+            os.replace(path, aside)
+        warn(f"{os.path.basename(path)} could not be read ({type(e).__name__}) and was set aside as {os.path.basename(aside)}")
+        return {}
+
+
+def log(message):
+    """One line to standard error, where systemd and a terminal look for it."""
+    print(f"{utc()} {printable(message)}", file=sys.stderr, flush=True)
+
+
+class Hub:
+    """The version that long-polls wait on; anything that changes what /api/state shows calls bump()."""
+
+    def __init__(self):
+        self.boot = secrets.token_hex(4)        # so that a version never repeats across restarts
+        self.changed = threading.Condition()
+        self._count = 0                         # guarded by changed
+
+    def bump(self):
+        with self.changed:
+            self._count += 1
+            self.changed.notify_all()
+
+    def version(self):
+        with self.changed:
+            return f"{self.boot}.{self._count}"
+
+    def wait_for(self, predicate, timeout_s):
+        """Block until predicate() is true or timeout_s is over; tells which. predicate takes no lock but its own."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with self.changed:
+                seen = self._count
+            if predicate():
+                return True
+            with self.changed:
+                if self._count == seen and not self.changed.wait(max(0, deadline - time.monotonic())):
+                    break
+        return predicate()
+
+
+# === 3 hosts ==================================================================
+# spawn() is the only place that starts a process, ssh or sh and nothing else. Remote text travels as one argument:
+# sh -c SCRIPT, so the login shell of the Spark does not matter. Every call has a time limit. Calls share one
+# connection per Spark (ControlMaster), whose socket lies in a private 0700 directory.
+
+
+@dataclasses.dataclass(frozen=True)
+class Spark:
+    """One DGX Spark as configured."""
+    name: str                   # spark1, spark2, …
+    host: str                   # what ssh is given, or `local`
+    user: str = ""
+
+    @property
+    def local(self):
+        return self.host == "local"
+
+
+class Result(NamedTuple):
+    """How a remote command ended. kind: ok, failed (it ran, exit code in code), or why it did not get there."""
+    kind: str
+    code: int
+    out: str
+    err: str
+
+    @property
+    def reached(self):
+        return self.kind in ("ok", "failed")
+
+
+SSH_FAILURES = (    # (pattern in ssh's own words, kind, what an operator does)
+    (r"Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED", "unknown_host_key",
+     "run `ssh {target}` once by hand and accept the key, or mend known_hosts"),
+    (r"Permission denied \(|Too many authentication failures|No more authentication methods", "refused_login",
+     "copy your public key to the Spark: ssh-copy-id {target}"),
+    (r"Could not resolve hostname", "unreachable", "check the spelling of the host or its entry in ~/.ssh/config"),
+    (r"timed out|Timeout, server", "time_out", "is the Spark on, and on this network?"),
+    (r"", "unreachable", "is the Spark on, on this network, and running sshd?"),
+)
+SSH_REMEDY = {"time_out": "is the Spark on, and on this network?"}
+
+
+def classify_ssh_failure(stderr):
+    """ssh's stderr after exit 255 -> (kind, its last telling line, remedy)."""
+    lines = [l.strip() for l in stderr.splitlines() if l.strip() and not l.startswith(("Warning:", "mux_client", "ControlSocket"))]
+    for pattern, kind, remedy in SSH_FAILURES:
+        if hit := [l for l in lines if re.search(pattern, l)]:
+            return kind, hit[-1], remedy
+    return "unreachable", "ssh ended without a word", SSH_FAILURES[-1][2]
+
+
+def ssh_argv(spark, control_dir, script=None, extra=()):
+    """The argv of one ssh call. Hosts are charset-checked and follow `--` all the same."""
+    login = ("-l", spark.user) if spark.user else ()
+    return ["ssh", "-T", "-x", "-a", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5",
+            "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2", "-o", "ControlMaster=auto",
+            "-o", f"ControlPath={control_dir}/%C", "-o", "ControlPersist=60", *login, *extra, "--", spark.host,
+            *(() if script is None else ("sh -c " + quote_arg(script),))]
+
+
+def spawn(argv, **streams):
+    """Start a process in a session of its own, so that a Ctrl-C in our terminal does not reach it."""
+    env = {k: v for k, v in os.environ.items() if k not in SECRETS}
+    return subprocess.Popen(argv, start_new_session=True, env={**env, "LC_ALL": "C"}, **streams)
+
+
+def end_process(process):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream:
+            stream.close()
+
+
+class Cancelled(Exception):
+    """The running swap was told to stop."""
+
+
+class Hosts:
+    """Runs scripts on Sparks. Safe to call from any thread."""
+
+    def __init__(self, sparks):
+        self.sparks = {s.name: s for s in sparks}                   # fixed
+        self.control_dir = tempfile.mkdtemp(prefix="sparkctl-")     # 0700; short, a socket path has 108 bytes
+        self._lock = threading.Lock()
+        self._addresses = {}                                        # guarded by _lock
+
+    def argv(self, spark, script):
+        return ["sh", "-c", script] if spark.local else ssh_argv(spark, self.control_dir, script)
+
+    def run(self, name, script, timeout_s, stdin=b"", cancel=None):
+        """Run script on the Spark called name -> Result. Never raises for what the Spark does.
+
+        Raises Cancelled if the event cancel is set meanwhile. A stale or frozen shared connection is torn down;
+        a call that never got through it is made once more.
+        """
+        spark = self.sparks[name]
+        result = self._run_once(spark, script, timeout_s, stdin, cancel)
+        stale = re.search(r"mux_client_\w+: |Control socket connect|ControlSocket .* already exists", result.err)
+        if not spark.local and (stale or result.kind == "time_out"):
+            self.reset(spark)
+            if stale and result.kind == "unreachable":
+                result = self._run_once(spark, script, timeout_s, stdin, cancel)
+        return result
+
+    def _run_once(self, spark, script, timeout_s, stdin, cancel):
+        deadline = time.monotonic() + timeout_s
+        try:
+            process = spawn(self.argv(spark, script), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        except OSError as e:
+            return Result("unreachable", -1, "", f"{e.filename}: {e.strerror}; install openssh-client")
+        try:
+            while True:
+                left = deadline - time.monotonic()
+                try:
+                    out, err = process.communicate(stdin, timeout=max(0, min(left, 0.1) if cancel else left))
+                    break
+                except subprocess.TimeoutExpired:
+                    stdin = None                                    # communicate() keeps what it was given at first
+                    if cancel and cancel.is_set():
+                        raise Cancelled() from None
+                    if deadline <= time.monotonic():
+                        return Result("time_out", -1, "", f"no end within {timeout_s:g} s")
+        finally:
+            end_process(process)
+        out, err = out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
+        if process.returncode == 255 and not spark.local:
+            kind, line, _ = classify_ssh_failure(err)
+            return Result(kind, 255, out, err if "mux" in err or "Control" in err else line)
+        return Result("ok" if process.returncode == 0 else "failed", process.returncode, out, err)
+
+    def reset(self, spark):
+        """Drop the shared connection: ask its master to exit, and unlink the socket if it does not."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            process = spawn(ssh_argv(spark, self.control_dir, extra=("-O", "exit")),
+                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            try:
+                process.wait(2)
+            finally:
+                end_process(process)
+        with contextlib.suppress(OSError):
+            resolved = self._resolve(spark)
+            if path := resolved.get("controlpath"):
+                os.unlink(path)
+
+    def _resolve(self, spark):
+        """What `ssh -G` makes of the configuration: lower-case option -> value."""
+        process = spawn(ssh_argv(spark, self.control_dir, extra=("-G",)),
+                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        try:
+            out, _ = process.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            return {}
+        finally:
+            end_process(process)
+        return dict(line.split(" ", 1) for line in out.decode("utf-8", "replace").splitlines() if " " in line)
+
+    def address(self, name):
+        """The host for HTTP: what ssh resolves the alias to; 127.0.0.1 for `local`. Cached."""
+        spark = self.sparks[name]
+        if spark.local:
+            return "127.0.0.1"
+        with self._lock:
+            if name in self._addresses:
+                return self._addresses[name]
+        try:
+            found = self._resolve(spark).get("hostname") or spark.host
+        except OSError:
+            return spark.host
+        with self._lock:
+            self._addresses[name] = found
+        return found
+
+    def each(self, hosts, job):
+        """job(name) for several Sparks at once -> {name: what it returned}; an exception is raised to the caller."""
+        hosts = list(hosts)
+        with ThreadPoolExecutor(max(1, len(hosts))) as pool:
+            return dict(zip(hosts, pool.map(job, hosts)))
+
+    def close(self):
+        """End the shared connections and remove their directory. Engines are left alone."""
+        for spark in self.sparks.values():
+            if not spark.local and os.listdir(self.control_dir):
+                self.reset(spark)
+        shutil.rmtree(self.control_dir, ignore_errors=True)
+
+
+def remedy_for(result, spark):
+    """What to do about a Result that did not reach its Spark."""
+    target = f"{spark.user}@{spark.host}" if spark.user else spark.host
+    for _, kind, remedy in SSH_FAILURES:
+        if kind == result.kind:
+            return remedy.format(target=target)
+    return ""
+
+
+# === 4 catalog ================================================================
+# Two YAML files become frozen records. One bad entry is reported and skipped; the others still load.
+
+KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+KNOB = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,127}")
+OURS = frozenset(("port", "served-model-name", "model", "nnodes", "node-rank", "master-addr", "master-port", "headless"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDef:
+    """One model that may be served. Exactly one of repo and local_path is set."""
+    key: str
+    name: str
+    repo: str = ""
+    local_path: str = ""
+    mode: str = "solo"          # solo | cluster: sharded over every Spark of the slot
+    aliases: tuple = ()
+    knobs: tuple = ()           # ((flag, value), …) with values as JSON can hold them
+    args: tuple = ()            # verbatim vLLM arguments that knobs cannot say
+    env: tuple = ()             # ((NAME, value), …) for the engine
+    image: str = ""             # container image for launch-cluster.sh -t; blank = its default
+    size_gb: float = 0          # GiB of weights, for checks before they are on disk; 0 = unknown
+    description: str = ""
+    added: bool = False         # from the overrides file
+    served_names: tuple = ()    # key first; what the engine answers to, unique over the catalog
+
+    @property
+    def source(self):
+        """What `vllm serve` is given."""
+        return self.local_path or self.repo
+
+    def public(self):
+        got = {"key": self.key, "name": self.name, "mode": self.mode, "aliases": list(self.aliases), "knobs": dict(self.knobs),
+               "args": list(self.args), "env": dict(self.env), "image": self.image or None, "size_gb": self.size_gb or None,
+               "description": self.description, "added": self.added, "served_names": list(self.served_names)}
+        got["local_path" if self.local_path else "repo"] = self.source
+        return got
+
+
+def validate_repo(value):
+    """A Hugging Face `org/name`, by the hub's own rules (huggingface_hub utils/_validators.py). Raises ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", value, re.ASCII) or len(value) > 96 \
+            or "--" in value or ".." in value or value.endswith((".git", "-", ".")) or "./" in value or "-/" in value:
+        raise ValueError("must be a Hugging Face repo `org/name`")
+    return value
+
+
+def validate_local_path(value, roots):
+    """A directory that may be mounted into a container, as text (nothing is looked up). Raises ValueError.
+
+    Colons and commas would change what docker's -v and --mount mean; `..` and other spellings could leave the roots.
+    """
+    if not value.startswith("/"):
+        raise ValueError("must be an absolute path")
+    if any(ord(c) < 32 or ord(c) == 127 for c in value) or ":" in value or "," in value:
+        raise ValueError("must not contain control characters, colons or commas")
+    if len(value) > 1024 or value.startswith("//") or os.path.normpath(value) != value:
+        raise ValueError("must be normalised: no `..`, no double or trailing slash, at most 1024 characters")
+    if not any(value.startswith(root.rstrip("/") + "/") for root in roots):
+        raise ValueError(f"must be below one of {', '.join(roots)} (LOCAL_MODEL_ROOTS)")
+    return value
+
+
+def expect(kind, value):
+    """value if it is of the kind, else ValueError that names the kind. Kinds: text, number, bool, list, mapping."""
+    ok = {"text": isinstance(value, str), "bool": isinstance(value, bool),
+          "number": isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+          "whole number": isinstance(value, int) and not isinstance(value, bool),
+          "list": isinstance(value, list), "mapping": isinstance(value, dict)}[kind]
+    if not ok:
+        raise ValueError(f"must be a {kind}")
+    return value
+
+
+def plain(value):
+    """YAML scalars that JSON and a command line can hold; dates and NaN are refused. Raises ValueError."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value) or not isinstance(value, (str, int, float, bool, type(None))):
+        raise ValueError(f"{value!r} is neither text, number, true, false, list nor mapping: quote it")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("must not contain a NUL")
+    return value
+
+
+def parse_knobs(value):
+    for k, v in expect("mapping", value).items():
+        if not KNOB.fullmatch(str(k)):
+            raise ValueError(f"{k!r} is not a flag name (write it without leading dashes)")
+        if str(k).replace("_", "-") in OURS:
+            raise ValueError(f"{k} is set by sparkctl or the launcher")
+    return tuple((str(k), plain(v)) for k, v in value.items())
+
+
+def parse_env(value):
+    for k, v in expect("mapping", value).items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(k)) or isinstance(v, (dict, list, type(None))):
+            raise ValueError(f"{k} must be an environment name with a text or a number")
+    return tuple((str(k), "1" if v is True else "0" if v is False else str(plain(v))) for k, v in value.items())
+
+
+def parse_names(value):
+    for alias in expect("list", value):
+        if not isinstance(alias, str) or not re.fullmatch(r"[A-Za-z0-9][\w./:-]{0,127}", alias, re.ASCII):
+            raise ValueError(f"{alias!r} is not a model name (letters, digits, . _ / : -)")
+    return tuple(dict.fromkeys(value))
+
+
+def choice(*allowed):
+    def parse(value):
+        if value not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}")
+        return value
+    return parse
+
+
+def image_name(value):
+    if not re.fullmatch(r"[A-Za-z0-9][\w./:@-]{0,254}", expect("text", value), re.ASCII):
+        raise ValueError("must be a container image")
+    return value
+
+
+MODEL_FIELDS = {
+    "name": lambda v: printable(expect("text", v), 200), "repo": lambda v: validate_repo(expect("text", v)), "mode": choice("solo", "cluster"),
+    "aliases": parse_names, "knobs": parse_knobs, "args": lambda v: tuple(str(plain(a)) for a in expect("list", v)),
+    "env": parse_env, "image": image_name, "description": lambda v: expect("text", v)[:2000],
+    "size_gb": lambda v: float(expect("number", v)),
+}
+
+
+def parse_model(key, entry, roots, **more):
+    """One catalog entry -> (ModelDef or None, [(field, message)])."""
+    if not isinstance(key, str) or not KEY.fullmatch(key):
+        return None, [("", f"the key {key!r} must match [a-z0-9][a-z0-9._-]{{0,63}}")]
+    if not isinstance(entry, dict):
+        return None, [("", "must be a mapping")]
+    fields, wrong = {}, []
+    parsers = {**MODEL_FIELDS, "local_path": lambda v: validate_local_path(expect("text", v), roots)}
+    for name, value in entry.items():
+        if name not in parsers:
+            hint = nearest(name, parsers)
+            wrong.append((str(name), "is not a field of a model" + (f"; did you mean {hint}?" if hint else "")))
+        elif value is not None:
+            try:
+                fields[name] = parsers[name](value)
+            except ValueError as e:
+                wrong.append((name, str(e)))
+    if not wrong and bool(fields.get("repo")) == bool(fields.get("local_path")):
+        wrong.append(("", "needs exactly one of repo and local_path"))
+    return (None if wrong else ModelDef(key, fields.pop("name", key), **fields, **more)), wrong
+
+
+def claim_names(models, file):
+    """Give each model the names its engine will answer to -> (models, problems).
+
+    A name that two models claim would make requests go to either, so neither gets it; a key always stays its own.
+    """
+    claims = collections.defaultdict(list)
+    for m in models.values():
+        for name in dict.fromkeys((m.key, m.repo, *m.aliases)):
+            if name:
+                claims[name].append(m.key)
+    out, problems = {}, []
+    for m in models.values():
+        mine = []
+        for name in dict.fromkeys((m.key, m.repo, *m.aliases)):
+            others = [k for k in claims[name] if k != m.key] if name else []
+            if others:
+                problems.append(Problem(file, m.key, "", f"the name {name} is claimed by {', '.join(others)} too"))
+            if name and (not others or name == m.key):
+                mine.append(name)
+        out[m.key] = dataclasses.replace(m, served_names=tuple(mine))
+    return out, problems
+
+
+class LoudLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, which YAML would let the last one win in silence."""
+
+
+def _mapping(loader, node, deep=False):
+    seen = set()
+    for key_node, _ in node.value:
+        if key_node.tag != "tag:yaml.org,2002:merge":
+            key = loader.construct_object(key_node, deep=True)
+            if isinstance(key, (str, int)) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+            seen.add(key) if isinstance(key, (str, int)) else None
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+LoudLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, lambda loader, node: _mapping(loader, node, True))
+
+
+def read_yaml(path):
+    """The mapping in a YAML file; {} where the file is absent or empty. Raises OSError, ValueError with line and reason."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            got = yaml.load(f, LoudLoader)
+    except FileNotFoundError:
+        return {}
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        raise ValueError(f"{f'line {mark.line + 1}: ' if mark else ''}{getattr(e, 'problem', None) or 'not YAML'}") from None
+    except (UnicodeDecodeError, RecursionError) as e:
+        raise ValueError(f"not readable as UTF-8 YAML ({type(e).__name__})") from None
+    if got is None:
+        return {}
+    if not isinstance(got, dict):
+        raise ValueError("must be a mapping at the top")
+    return got
+
+
+def parse_catalog(base, overrides, roots, base_file="models.yaml", overrides_file="models-overrides.yaml"):
+    """Two parsed YAML files -> ({key: ModelDef}, [Problem]). Pure; never raises for what stands in them."""
+    problems, models = [], {}
+    for file, doc, known in ((base_file, base, {"models"}), (overrides_file, overrides, {"models", "knobs", "hidden"})):
+        for name in set(map(str, doc)) - known:
+            problems.append(Problem(file, name, "", f"is not known here (known: {', '.join(sorted(known))})"))
+    for file, doc, added in ((base_file, base, False), (overrides_file, overrides, True)):
+        entries = doc.get("models") or {}
+        if not isinstance(entries, dict):
+            problems.append(Problem(file, "models", "", "must be a mapping of key: entry"))
+            continue
+        for key, entry in entries.items():
+            model, wrong = parse_model(key, entry, roots, added=added)
+            problems += [Problem(file, str(key), field, message) for field, message in wrong]
+            if model:
+                models[key] = model
+    knobs = overrides.get("knobs") or {}
+    for key, change in knobs.items() if isinstance(knobs, dict) else ():
+        try:
+            if key not in models:
+                raise ValueError("is not a model of the catalog")
+            merged = {**dict(models[key].knobs), **dict(parse_knobs(change))}
+            models[key] = dataclasses.replace(models[key], knobs=tuple((k, v) for k, v in merged.items() if v is not None))
+        except ValueError as e:
+            problems.append(Problem(overrides_file, f"knobs.{key}", "", str(e)))
+    hidden = overrides.get("hidden") or []
+    for key in hidden if isinstance(hidden, list) else ():
+        models.pop(key, None)
+    models, clashes = claim_names(models, base_file)
+    return models, problems + clashes
+
+
+# === 5 services ===============================================================
+# Slots (where one model is served), backends (command templates) and services (everything else with a tile).
+
+WORDS = ("model", "served_names", "container", "port", "extra_args", "env", "mounts", "since")
+WORD = re.compile(r"\{(%s)\}" % "|".join(WORDS))
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A place where one model is served."""
+    name: str
+    hosts: tuple                # names of Sparks, head first
+    port: int
+    container: str
+    backend: str                # launch-cluster, or the name of a command template
+
+
+class Template(NamedTuple):
+    """How a slot's engine is stopped, launched and watched: shell text with {words}."""
+    stop: str
+    launch: str
+    logs: str = ""
+    alive: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """Something on a Spark that has a tile."""
+    name: str
+    kind: str
+    host: str = ""
+    port: int = 0
+    label: str = ""
+    container: str = ""
+    health: str = ""
+    url: str = ""
+    user: str = ""
+    builtin: bool = False
+    configured: bool = False
+
+
+KINDS = {"vllm": "/health", "asr": "/health", "tts": "/health", "embeddings": "/health", "qdrant": "/readyz",
+         "nim": "/v1/health/ready", "open-webui": "/health", "http": "/"}
+BUILTINS = (("parakeet", "asr", 8001), ("kokoro", "tts", 8880), ("embeddings", "embeddings", 8010),
+            ("qdrant", "qdrant", 6333), ("nim", "nim", 9000), ("open-webui", "open-webui", 3000))
+
+
+def quoted_words(template):
+    """The {words} that stand inside quotes of a shell template, where their own quoting would be undone."""
+    bad, quote, i = [], "", 0
+    while i < len(template):
+        c = template[i]
+        if c == "\\" and quote != "'":
+            i += 2
+            continue
+        if c in "'\"`" and (not quote or quote == c):
+            quote = "" if quote else c
+        elif quote and (m := WORD.match(template, i)):
+            bad.append(m[1])
+        i += 1
+    return bad
+
+
+def parse_template(entry):
+    """A backend entry -> Template. Raises ValueError."""
+    fields = {}
+    for name, value in expect("mapping", entry).items():
+        if name not in Template._fields:
+            raise ValueError(f"{name}: is not one of {', '.join(Template._fields)}")
+        fields[name] = expect("text", value).strip()
+        if "\0" in value or not value.strip():
+            raise ValueError(f"{name}: must be a command")
+        if bad := quoted_words(value):
+            raise ValueError(f"{name}: {{{bad[0]}}} stands inside quotes, which would undo its quoting; take the quotes away")
+    if not fields.get("stop") or not fields.get("launch"):
+        raise ValueError("needs both stop and launch")
+    return Template(**fields)
+
+
+def parse_slot(name, entry, sparks, backends):
+    unknown = set(entry) - {"hosts", "port", "container", "backend"}
+    if unknown:
+        raise ValueError(f"{sorted(unknown)[0]}: is not one of hosts, port, container, backend")
+    hosts = entry.get("hosts", list(sparks))
+    if not isinstance(hosts, list) or not hosts or len(set(hosts)) != len(hosts):
+        raise ValueError("hosts: must be a list of different Sparks")
+    for host in hosts:
+        if host not in sparks:
+            raise ValueError(f"hosts: {host} is not configured (known: {', '.join(sparks) or 'none'})")
+    port = expect("whole number", entry.get("port", 8888))
+    if not 1 <= port <= 65535:
+        raise ValueError("port: must be from 1 to 65535")
+    backend = entry.get("backend", "launch-cluster")
+    if backend != "launch-cluster" and backend not in backends:
+        raise ValueError(f"backend: {backend} is not defined")
+    return Slot(name, tuple(hosts), port, container_name(str(entry.get("container", "vllm_node"))), backend)
+
+
+def parse_service(name, entry, base, sparks):
+    entry = expect("mapping", entry or {})
+    unknown = set(entry) - {"kind", "host", "port", "name", "container", "health", "url", "user"}
+    if unknown:
+        raise ValueError(f"{sorted(unknown)[0]}: is not a field of a service")
+    kind = entry.get("kind", base.kind if base else None)
+    if kind not in KINDS:
+        raise ValueError(f"kind: must be one of {', '.join(KINDS)}")
+    host = entry.get("host", base.host if base else "")
+    if host and host not in sparks:
+        raise ValueError(f"host: {host} is not configured (known: {', '.join(sparks) or 'none'})")
+    port = entry.get("port", base.port if base else 0)
+    if not isinstance(port, int) or not 0 <= port <= 65535:
+        raise ValueError("port: must be a whole number up to 65535")
+    health = entry.get("health") or (base.health if base else "") or KINDS[kind]
+    url = expect("text", entry.get("url") or "")
+    if not health.startswith("/") or url and not re.match(r"https?://", url):
+        raise ValueError("health: must start with /, url: with http:// or https://")
+    if not url and not (host and port):
+        raise ValueError("needs host and port, or url")
+    container = entry.get("container") or (base.container if base else "")
+    return Service(name, kind, host, port, printable(str(entry.get("name") or (base.label if base else "") or name), 200),
+                   container_name(container) if container else "", health, url, user_name(str(entry.get("user") or "")),
+                   bool(base), True)
+
+
+class Layout(NamedTuple):
+    slots: dict
+    backends: dict
+    services: dict
+
+
+def parse_layout(doc, sparks, settings, file="services-overrides.yaml"):
+    """The parsed services file -> (Layout, [Problem]). Pure; a bad entry is reported and skipped."""
+    problems, backends, slots, services = [], {}, {}, {}
+
+    def section(name):
+        got = doc.get(name) or {}
+        if not isinstance(got, dict):
+            problems.append(Problem(file, name, "", "must be a mapping"))
+            return
+        for key, entry in got.items():
+            try:
+                if not isinstance(key, str) or not NAME.fullmatch(key):
+                    raise ValueError("the name must match [a-z0-9][a-z0-9._-]{0,63}")
+                yield key, entry
+            except ValueError as e:
+                problems.append(Problem(file, f"{name}.{key}", "", str(e)))
+
+    def attempt(where, parse, into, *args):
+        try:
+            into[args[0]] = parse(*args)
+        except ValueError as e:
+            field, _, rest = str(e).partition(": ")
+            plain_field = field if rest and " " not in field else ""
+            problems.append(Problem(file, f"{where}.{args[0]}", plain_field, rest if plain_field else str(e)))
+
+    for name in set(map(str, doc)) - {"slots", "backends", "services"}:
+        problems.append(Problem(file, name, "", "is not known here (known: backends, services, slots)"))
+    for key, entry in section("backends"):
+        attempt("backends", lambda k, e: parse_template(e), backends, key, entry)
+    for key, entry in section("slots"):
+        attempt("slots", lambda k, e: parse_slot(k, expect("mapping", e), sparks, backends), slots, key, entry)
+    if not doc.get("slots") and sparks:
+        slots["main"] = Slot("main", tuple(sparks), settings["VLLM_PORT"], settings["VLLM_CONTAINER"], "launch-cluster")
+    last = list(sparks)[-1] if sparks else ""
+    builtin = {n: Service(n, kind, last, port, n.title(), "", KINDS[kind], "", "", True) for n, kind, port in BUILTINS}
+    services.update(builtin)
+    for key, entry in section("services"):
+        attempt("services", lambda k, e: parse_service(k, e, builtin.get(k), sparks), services, key, entry)
+    taken = collections.defaultdict(list)
+    for slot in slots.values():
+        taken[slot.hosts[0], slot.port].append(slot.name)
+    for (host, port), users in taken.items():
+        if len(users) > 1:
+            problems.append(Problem(file, "slots", "", f"{' and '.join(users)} share port {port} of {host}"))
+    return Layout(slots, backends, services), problems
+
+
+class Config(NamedTuple):
+    """Everything read from files and the environment, as one immutable snapshot."""
+    settings: Settings
+    sparks: dict
+    models: dict
+    layout: Layout
+    problems: tuple             # of Problem
+
+    def find(self, name):
+        """The ModelDef that answers to name (key, repo or alias), or None."""
+        return self.models.get(name) or next((m for m in self.models.values() if name in m.served_names), None)
+
+
+class ConfigStore:
+    """Reads the YAML files, and again when they change; a broken file keeps what was last good, and is reported."""
+
+    def __init__(self, settings, paths):
+        self.settings = settings                    # fixed
+        self.paths = paths                          # fixed: {"models", "overrides", "services"} -> path
+        self.sparks = {f"spark{n}": Spark(f"spark{n}", settings[f"SPARK{n}_HOST"], settings[f"SPARK{n}_USER"])
+                       for n in range(1, 9) if settings[f"SPARK{n}_HOST"]}
+        self._seen = None                           # written by refresh() only, which one thread calls
+        self._good = {name: {} for name in paths}   # likewise
+        self.current = None                         # replaced whole; read by any thread
+        self.refresh()
+
+    def refresh(self):
+        """Re-read if a file changed; tells whether a new snapshot was published."""
+        stamps = {}
+        for name, path in self.paths.items():
+            with contextlib.suppress(OSError):
+                stat = os.stat(path)
+                stamps[name] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        if stamps == self._seen:
+            return False
+        self._seen, broken = stamps, []
+        for name, path in self.paths.items():
+            try:
+                self._good[name] = read_yaml(path)
+            except (OSError, ValueError) as e:
+                why = e.strerror if isinstance(e, OSError) else str(e)
+                broken.append(Problem(os.path.basename(path), "", "", f"{why}; what was last good stays in force"))
+        files = {name: os.path.basename(path) for name, path in self.paths.items()}
+        models, wrong = parse_catalog(self._good["models"], self._good["overrides"], self.settings["LOCAL_MODEL_ROOTS"],
+                                      files["models"], files["overrides"])
+        layout, wrong_layout = parse_layout(self._good["services"], self.sparks, self.settings, files["services"])
+        self.current = Config(self.settings, self.sparks, models, layout, tuple(broken + wrong + wrong_layout))
+        return True
+
+
+# === 6 backends ===============================================================
+# Pure builders of shell text. Every value passes quote_arg; templates come from the owner's own YAML file.
+# launch-cluster is eugr/spark-vllm-docker's launcher, whose exit codes mean little: what it left is looked at.
+
+LAUNCHER_WORD = re.compile(r"\{(launch_dir|launch_flags|stop_flags|docker_args|command|container)\}")
+# The container's own first process and a Ray cluster's daemons outlive the engine, so they do not count as one.
+ENGINE_ALIVE = ("docker top {container} -eo pid,args 2>/dev/null | tail -n +2 | grep -Evq "
+                "'(sleep infinity|earlyoom|docker-init|tini|ray start|ray::|raylet|gcs_server|/ray/)'")
+LAUNCH_CLUSTER = Template(
+    stop="cd {launch_dir} && ./launch-cluster.sh {stop_flags} stop",
+    launch="cd {launch_dir} && {docker_args} ./launch-cluster.sh {launch_flags} exec {command}",
+    logs="docker logs -f -t --since {since} {container} 2>&1",
+    alive=ENGINE_ALIVE)
+# What the launcher must understand for us to drive it; learned by reading it, since versions differ.
+LAUNCHER_NEEDS = {"--solo": "--solo", "-d exec": "dispatched in background"}
+
+
+def knob_args(knobs):
+    """((flag, value), …) -> argv: scalar `--k v`, true `--k`, false nothing, list `--k a b`, mapping `--k '{json}'`."""
+    argv = []
+    for name, value in knobs:
+        if value is True:
+            argv.append(f"--{name}")
+        elif isinstance(value, dict):
+            argv += [f"--{name}", json.dumps(value, ensure_ascii=False)]
+        elif isinstance(value, (list, tuple)):
+            argv += [f"--{name}", *(json.dumps(v) if isinstance(v, (dict, list)) else str(v) for v in value)]
+        elif value is not False and value is not None:
+            # argparse would take a value that starts with a dash for another flag
+            argv += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+    return argv
+
+
+def engine_args(model, slot, template=""):
+    """Everything after `vllm serve MODEL`, less what a command template places itself ({served_names}, {port}).
+
+    A cluster model is sharded over all Sparks of the slot unless its knobs say how.
+    """
+    given = {k.replace("_", "-") for k, _ in model.knobs}
+    argv = [] if "{served_names}" in template else ["--served-model-name", *model.served_names]
+    argv += [] if "{port}" in template else ["--port", str(slot.port)]
+    if model.mode == "cluster" and len(slot.hosts) > 1 and not given & {"tensor-parallel-size", "tp", "pipeline-parallel-size"}:
+        argv += ["--tensor-parallel-size", str(len(slot.hosts))]
+    return argv + knob_args(model.knobs) + list(model.args)
+
+
+def fill(template, words):
+    """Substitute {words} in one pass, so that a value which looks like a word is not substituted again."""
+    pattern = LAUNCHER_WORD if "launch_dir" in words else WORD
+    return pattern.sub(lambda m: words.get(m[1], ""), template)
+
+
+def template_words(model, slot, template):
+    """The {words} of a command template for model, each value quoted."""
+    return {"model": quote_arg(model.source), "container": quote_arg(slot.container), "port": quote_arg(slot.port),
+            "served_names": " ".join(map(quote_arg, model.served_names)),
+            "extra_args": " ".join(map(quote_arg, engine_args(model, slot, template.launch))),
+            "env": " ".join("-e " + quote_arg(f"{k}={v}") for k, v in model.env),
+            "mounts": "-v " + quote_arg(f"{model.local_path}:{model.local_path}") if model.local_path else ""}
+
+
+def launcher_words(model, slot, launch_dir, flags):
+    """The {words} of LAUNCH_CLUSTER for model; flags are the options that this Spark's launcher knows.
+
+    Raises ValueError for a local path that the launcher, which splits its docker arguments and reads them again in
+    a shell on the workers, would not carry unchanged.
+    """
+    docker_args = ""
+    if model.local_path:
+        if not re.fullmatch(r"[\w./+@=-]+", model.local_path):
+            raise ValueError("local_path: launch-cluster.sh cannot mount a path with spaces or shell characters; "
+                             "rename the directory, or give the slot a command template as its backend")
+        docker_args = "VLLM_SPARK_EXTRA_DOCKER_ARGS=" + quote_arg(f"-v {model.local_path}:{model.local_path}")
+    named = ["--name", slot.container] if "--name" in flags or slot.container != "vllm_node" else []
+    image = ["-t", model.image] if model.image else []
+    solo = ["--solo"] if model.mode == "solo" or len(slot.hosts) == 1 else []
+    # `env` because bash would not take a quoted NAME=value for an assignment
+    command = (["env", *(f"{k}={v}" for k, v in model.env)] if model.env else []) + \
+        ["vllm", "serve", model.source, *engine_args(model, slot)]
+    return {"launch_dir": quote_path(launch_dir), "docker_args": docker_args, "container": quote_arg(slot.container),
+            "launch_flags": " ".join(map(quote_arg, [*solo, *named, *image, "-d"])),
+            "command": " ".join(map(quote_arg, command))}
+
+
+def build_launch_command(model, slot, launch_dir="~/spark-vllm-docker", flags=frozenset(("--name",)), template=None):
+    """The shell text that launches model on slot's head: with launch-cluster.sh, or with a command template."""
+    if template:
+        return fill(template.launch, template_words(model, slot, template))
+    return fill(LAUNCH_CLUSTER.launch, launcher_words(model, slot, launch_dir, flags))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything needed to launch, watch and stop one engine; journaled, so that a restart or a rollback can."""
+    slot: str
+    model: str                  # catalog key
+    served_names: tuple
+    hosts: tuple                # names of the Sparks it uses, head first
+    port: int
+    container: str
+    backend: str
+    launch: str                 # shell text, run on the head
+    logs: str                   # shell text with {since} as its only word, or blank
+    alive: str                  # shell text, or blank
+    pooling: bool = False       # answers embeddings, not completions
+    need_gb: float = 0          # GiB per Spark that must be free before the launch; 0 = unknown
+
+    @classmethod
+    def from_dict(cls, got):
+        """Raises TypeError or ValueError for a journal of another shape."""
+        return cls(**{**got, "served_names": tuple(got["served_names"]), "hosts": tuple(got["hosts"])})
+
+
+def make_plan(model, slot, config, flags=frozenset(("--name",)), need_gb=0):
+    """Model + slot -> Plan. Raises ValueError for what cannot be launched."""
+    settings, cluster = config.settings, slot.backend == "launch-cluster"
+    template = LAUNCH_CLUSTER if cluster else config.layout.backends[slot.backend]
+    words = launcher_words(model, slot, settings["LAUNCH_DIR"], flags) if cluster else template_words(model, slot, template)
+    # since is known only when the engine starts; the other words are quoted text that may look like a word
+    parts = re.split(r"\{since\}", template.logs)
+    logs = "\0".join(fill(part, words) for part in parts)
+    knobs = {k.replace("_", "-"): v for k, v in model.knobs}
+    return Plan(slot.name, model.key, model.served_names, slot.hosts if model.mode == "cluster" else slot.hosts[:1],
+                slot.port, slot.container, slot.backend, fill(template.launch, words), logs, fill(template.alive, words),
+                knobs.get("runner") == "pooling" or "convert" in knobs, need_gb)
+
+
+def with_since(logs, since):
+    return logs.replace("\0", quote_arg(since))
+
+
+# --- scripts; each is POSIX sh, runs on one Spark, and may be run twice without harm
+
+def gate_script(swap_id, command):
+    """Launch at most once: whoever makes the directory named after the swap launches; everybody waits for its exit code.
+
+    The launch runs in a session of its own with its output in that directory, so that neither a dropped ssh nor
+    our own death stops it half-way. Prints `since TIME` (the Spark's clock), then the launcher's output.
+    """
+    inner = f'echo $$ >"$1/pid"; ( {command}\n) >"$1/out" 2>&1 </dev/null; echo $? >"$1/tmp"; mv "$1/tmp" "$1/rc"'
+    return f"""d="$HOME/.cache/sparkctl/"{quote_arg(swap_id)}
+mkdir -p "$HOME/.cache/sparkctl" || exit 70
+if mkdir "$d" 2>/dev/null; then
+  find "$HOME/.cache/sparkctl" -mindepth 1 -maxdepth 1 -mtime +7 -exec rm -rf {{}} + 2>/dev/null
+  date -u +%Y-%m-%dT%H:%M:%S.%NZ >"$d/since"
+  $(command -v setsid) sh -c {quote_arg(inner)} sh "$d" </dev/null >/dev/null 2>&1 &
+fi
+i=0
+while [ ! -e "$d/rc" ]; do
+  sleep 0.1; i=$((i+1))
+  if [ $i -gt 30 ] && ! kill -0 "$(cat "$d/pid" 2>/dev/null)" 2>/dev/null && [ ! -e "$d/rc" ]; then
+    echo "the launch was interrupted before it ended"; exit 75
+  fi
+done
+echo "since $(cat "$d/since")"; cat "$d/out"
+r=$(cat "$d/rc"); [ "$r" != 255 ] || r=254
+exit "$r"
+"""
+
+
+def ungate_script(swap_id):
+    """End a launcher that is still at work for swap_id."""
+    return f"""d="$HOME/.cache/sparkctl/"{quote_arg(swap_id)}
+p=$(cat "$d/pid" 2>/dev/null)
+if [ -n "$p" ] && [ ! -e "$d/rc" ]; then kill -TERM -- "-$p" 2>/dev/null || kill -TERM "$p" 2>/dev/null; sleep 0.3; kill -KILL -- "-$p" 2>/dev/null; fi
+exit 0
+"""
+
+
+def follow_script(plan, since):
+    """The engine's log on stdout; on stderr `beat` twice a second, and at last `dead [exit code|gone]`.
+
+    The beats tell a quiet engine from a lost connection, and make the script end when nobody reads it any more.
+    """
+    post_mortem = ""
+    if plan.backend == "launch-cluster":
+        c = quote_arg(plan.container)
+        post_mortem = (f"w=$(docker inspect -f '{{{{.State.Running}}}}' {c} 2>/dev/null); [ \"$w\" = true ] || why=gone; "
+                       f"[ -n \"$why\" ] || why=$(docker events --since {quote_arg(since)} --until \"$(date +%s)\" --filter container={c} "
+                       "--filter event=exec_die --format '{{.Actor.Attributes.exitCode}}' 2>/dev/null | tail -n 1)")
+    return f"""$(command -v setsid) sh -c {quote_arg(with_since(plan.logs, since) or ":")} 2>&1 &
+p=$!
+bye() {{ kill -- "-$p" 2>/dev/null || kill "$p" 2>/dev/null; exit 0; }}
+trap bye PIPE HUP TERM INT
+n=0 why=
+while :; do
+  if a=$({plan.alive or ":"}
+  ) 2>/dev/null && [ "$a" != false ]; then n=0; else n=$((n+1)); fi
+  if [ "$n" -ge 2 ]; then sleep 0.3; {post_mortem or ":"}; echo "dead $why" >&2; bye; fi
+  echo beat >&2 || bye
+  sleep 0.5
+done
+"""
+
+
+def alive_script(plan):
+    """Exit 0 while the engine's process lives."""
+    return f"a=$({plan.alive or ':'}\n) 2>/dev/null && [ \"$a\" != false ]"
+
+
+def retire_script(container):
+    """Ask the engine in the container to end, and end the container once it has.
+
+    The container's first process is `sleep`, which ignores SIGTERM: `docker stop` would wait out its 10 s. Killing
+    it while the engine lives would leak the engine's shared memory (--ipc=host), hence the order.
+    """
+    c = quote_arg(container)
+    ask = 'for d in /proc/[0-9]*; do tr "\\000" " " <"$d/cmdline" 2>/dev/null | grep -q "[v]llm serve" && kill -TERM "${d##*/}"; done; exit 0'
+    return f"""t=$(docker ps -a --format '{{{{.Names}}}}') || exit 3
+printf '%s\\n' "$t" | grep -Fqx -e {c} || exit 0
+docker exec {c} sh -c {quote_arg(ask)} >/dev/null 2>&1
+i=0
+while [ $i -lt 60 ] && {ENGINE_ALIVE.replace("{container}", c)}; do sleep 0.1; i=$((i+1)); done
+[ $i -ge 60 ] || docker kill {c} >/dev/null 2>&1
+exit 0
+"""
+
+
+def remove_script(container):
+    """Remove what is still there under that name, and exit 0 only when nothing is."""
+    c = quote_arg(container)
+    return f"""i=0
+while :; do
+  t=$(docker ps -a --format '{{{{.Names}}}}') || exit 3
+  printf '%s\\n' "$t" | grep -Fqx -e {c} || exit 0
+  [ $i -lt 50 ] || exit 4
+  [ $i -lt 3 ] || docker rm -f {c} >/dev/null 2>&1
+  i=$((i+1)); sleep 0.1
+done
+"""
+
+
+def facts_script(model, slot, config, head):
+    """One look at a Spark before a swap: lines `name value`, read by parse_facts. Changes nothing."""
+    lines = ["echo clock $(date +%s)", "awk '/^Mem(Total|Available):/ {print $1, $2}' /proc/meminfo 2>/dev/null"]
+    if head:
+        port = f"{slot.port:04X}"
+        lines.append(f"awk '$4 == \"0A\" && $2 ~ /:{port}$/ {{print \"listening {slot.port}\"; exit}}' /proc/net/tcp /proc/net/tcp6 2>/dev/null")
+    if slot.backend == "launch-cluster":
+        c = quote_arg(slot.container)
+        lines += ["if t=$(docker ps -a --format '{{.Names}}' 2>&1); then echo docker ok; "
+                  f"printf '%s\\n' \"$t\" | grep -Fqx -e {c} && echo container yes; else printf '%s\\n' \"$t\" | sed -n 's/^/docker /p' | tail -n 1; fi",
+                  f"{ENGINE_ALIVE.replace('{container}', c)} && echo engine alive"]
+    if head and slot.backend == "launch-cluster":
+        lines.append(f"""if cd {quote_path(config.settings["LAUNCH_DIR"])} 2>/dev/null && [ -x launch-cluster.sh ]; then echo launcher yes
+grep -oE -e '--[a-z][a-z-]+|dispatched in background' launch-cluster.sh | sort -u | sed 's/^/flag /'
+sed -n 's/^ *CONTAINER_NAME=/env_container /p' .env 2>/dev/null
+else echo launcher no; fi""")
+    if model and model.repo:
+        lines.append(f"""h=${{HF_HUB_CACHE:-${{HF_HOME:-$HOME/.cache/huggingface}}/hub}}; r=$h/{quote_arg('models--' + model.repo.replace('/', '--'))}
+s=$r/snapshots/$(cat "$r/refs/main" 2>/dev/null); [ -e "$s/config.json" ] || s=$(ls -td "$r"/snapshots/*/ 2>/dev/null | head -n 1)
+ls "$r"/blobs/*.incomplete >/dev/null 2>&1 && echo weights_incomplete yes""")
+    elif model:
+        lines.append(f"s={quote_arg(model.local_path)}")
+    if model:
+        lines.append("""if [ -n "$s" ] && [ -d "$s" ]; then echo "weights $s"; [ -e "$s/config.json" ] || echo weights_missing config.json
+cat "$s"/*.index.json 2>/dev/null | grep -oE '"[^"/]+\\.(safetensors|bin)"' | sort -u | tr -d '"' | while read -r f; do [ -e "$s/$f" ] || echo "weights_missing $f"; done
+ls "$s" | grep -qE '\\.(safetensors|bin|gguf|pt|pth)$' || echo weights_missing weights
+echo weights_kb $(du -sLk "$s" 2>/dev/null | cut -f 1); fi""")
+    return "\n".join(lines) + "\nexit 0\n"
+
+
+def parse_facts(out):
+    """facts_script's output -> {name: [values]}; lines that do not fit are passed over."""
+    facts = collections.defaultdict(list)
+    for line in out.splitlines()[:5000]:
+        name, _, value = line.strip().partition(" ")
+        facts[name.rstrip(":")].append(value.strip())
+    return facts
+
+
+# === 7 engine =================================================================
+# What a vLLM says of itself: over HTTP (the only thing that makes it `ready`) and in its log (progress and causes).
+# Log lines and answers are as vLLM 0.11 to 0.33 wrote them.
+
+
+class Probe(NamedTuple):
+    """What a port answered. state: serving, silent (nothing listens or answers), loading (up, not healthy), foreign."""
+    state: str
+    served: tuple = ()          # ids of /v1/models, first one first
+    detail: str = ""
+
+
+class Endpoint(NamedTuple):
+    host: str
+    port: int
+    key: str = ""
+
+    @property
+    def url(self):
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    def request(self, method, path, body=None, timeout_s=2.0, on_connect=None):
+        """(status, bytes) of one request. Raises OSError or http.client.HTTPException; 4 MiB of reply at most."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
+        try:
+            if on_connect:
+                on_connect(connection)
+            headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+            if body is not None:
+                body, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
+            connection.request(method, path, body, headers)
+            reply = connection.getresponse()
+            return reply.status, reply.read(4 << 20)
+        finally:
+            connection.close()
+
+
+def probe_vllm_endpoint(endpoint, timeout_s=2.0):
+    """Ask an engine /health, then /v1/models -> Probe. Never raises; takes up to twice timeout_s.
+
+    vLLM refuses connections until it is ready, answers /health 503 only when its engine is dead, and guards /v1
+    but not /health with its key (vllm/entrypoints/serve/instrumentator/health.py).
+    """
+    try:
+        status, _ = endpoint.request("GET", "/health", timeout_s=timeout_s)
+        if status == 503:
+            return Probe("loading", detail="/health says 503: its engine is dead or not up")
+        status_models, body = endpoint.request("GET", "/v1/models", timeout_s=timeout_s)
+        if status_models in (401, 403):
+            return Probe("foreign", detail="/v1/models refuses our key: set VLLM_API_KEY to the engine's key")
+        cards = json.loads(body)["data"] if status_models == 200 else None
+        served = tuple(printable(str(card["id"]), 300) for card in cards)
+        if status != 200 or not served:
+            return Probe("foreign", served, f"/health says {status}")
+        return Probe("serving", served)
+    except ConnectionRefusedError:
+        return Probe("silent", detail="connection refused")
+    except (OSError, http.client.HTTPException) as e:
+        return Probe("silent", detail="no answer in time" if isinstance(e, TimeoutError) else "no answer")
+    except (ValueError, KeyError, TypeError):
+        return Probe("foreign", detail="what answers is not a vLLM")
+
+
+LOG_PREFIX = re.compile(r"^(?:\([^)]*pid=\d+[^)]*\)\s*)*")
+PROGRESS = (    # (pattern, share of loading when it appears, text); {0} {1} are its groups
+    (r"vLLM (?:API )?server version (\S+)|▀▀.*version", 0.01, "Starting vLLM"),
+    (r"Resolved architecture: (\w+)", 0.02, "Reading the model's configuration"),
+    (r"Initializing a V1 LLM engine", 0.04, "Starting the engine"),
+    (r"Starting to load model", 0.06, "Loading weights"),
+    (r"Loading weights took", 0.70, "Weights loaded"),
+    (r"Model loading took ([\d.]+) GiB", 0.72, "Weights loaded, {0:.3} GiB"),
+    (r"Starting torch.compile|Compiling a graph|Dynamo bytecode", 0.75, "Compiling"),
+    (r"torch.compile took|Directly load the compiled graph", 0.85, "Compiled"),
+    (r"KV cache size: ([\d,]+) tokens", 0.88, "KV cache: {0} tokens"),
+    (r"Capturing CUDA graphs", 0.90, "Capturing CUDA graphs"),
+    (r"Graph capturing finished", 0.95, "CUDA graphs captured"),
+    (r"init engine .* took", 0.96, "Engine initialised"),
+    (r"Starting vLLM (?:API )?server", 0.98, "Starting the HTTP server"),
+    (r"Application startup complete", 0.99, "Waiting for the engine's first answer"),
+)
+SHARDS = re.compile(r"^(?P<what>Loading [^:%|]*?(?:shards|loader|Streamer)|Multi-thread loading shards)[^:|]*:\s*(?P<pct>\d+)%.*?\|\s*(?P<done>\d+)/(?P<all>\d+)")
+FATAL = (       # (pattern, error code, what happened, what to do); first match in this order wins over later lines
+    (r"(?:torch\.(?:cuda\.)?OutOfMemoryError|CUDA out of memory)(?:.*?Tried to allocate ([\d.]+ [GM]iB))?", "out_of_memory",
+     "the GPU ran out of memory while loading{0: (it wanted {} more)}",
+     "lower gpu-memory-utilization, max-model-len or max-num-seqs, or free memory on the Spark"),
+    (r"Failed to load model - not enough GPU memory", "out_of_memory", "the weights do not fit into the GPU memory that is free",
+     "free memory on the Spark, or take a smaller or more quantised model"),
+    (r"Free memory on device \S+ \(([\d.]+)/([\d.]+) GiB\) on startup is less than desired GPU memory utilization \(([\d.]+), ([\d.]+) GiB\)",
+     "out_of_memory", "needs {3} of {1} GB, and {0} GB are free", "lower gpu-memory-utilization from {2}, or stop what else holds memory"),
+    (r"No available memory for the cache blocks", "out_of_memory", "the weights left no room for the KV cache",
+     "raise gpu-memory-utilization, or lower max-num-batched-tokens"),
+    (r"max seq len \((\d+)\).*?\(([\d.]+) GiB KV cache is needed.*?KV cache memory \(([\d.]+) GiB\)(?:.*?maximum model length is (\d+))?",
+     "kv_cache_too_small", "one request of {0} tokens needs {1} GB of KV cache, and {2} GB are there",
+     "lower max-model-len{3: to {}}, or raise gpu-memory-utilization"),
+    (r"Available memory on node \d+ \(([\d.]+)/[\d.]+ GiB\) on kv cache allocation is less than requested memory for kv \(([\d.]+) GiB\)",
+     "out_of_memory", "the KV cache asks for {1} GB, and {0} GB are free", "lower kv-cache-memory-bytes"),
+    (r"Error in memory profiling", "memory_changed", "another process freed or took memory while vLLM measured it",
+     "try again when nothing else starts or stops on the Spark"),
+    (r"^vllm(?: serve)?: error: (.*)", "bad_flag", "vLLM refuses its arguments: {0}", "mend the model's knobs or args; this image's vLLM does not take them"),
+    (r"User-specified max_model_len \((\d+)\) is greater than the derived max_model_len \(\D*(\d+)", "bad_flag",
+     "max-model-len {0} is more than the model's own {1}", "lower max-model-len to {1}"),
+    (r"LocalEntryNotFoundError|Repo id must be in the form|RepositoryNotFoundError|does not appear to have a file named|Can't load the configuration of",
+     "weights_missing", "the weights are not on the Spark", "download the model, or mend repo or local_path"),
+    (r"Cannot access gated repo|GatedRepoError|(?:401|403) Client Error", "gated_repo", "Hugging Face refuses access to the repo",
+     "accept the model's licence and give the Spark an HF_TOKEN"),
+    (r"No space left on device", "disk_full", "the Spark's disk is full", "delete models that are not needed"),
+    (r"Address already in use", "port_taken", "the engine's port is taken by another process", "stop what listens on the port, or give the slot another"),
+    (r"Cannot connect to the Docker daemon|docker: command not found", "docker_down", "docker does not answer on the Spark", "start docker, and let the ssh user use it"),
+    (r"Unable to find image '([^']+)'|No such image: (\S+)|pull access denied for (\S+),", "image_missing", "the image {0} is not on the Spark", "build or pull the image"),
+    (r"Docker image mismatch", "image_mismatch", "the Sparks have different images", "copy the image: ./build-and-copy.sh --copy-to"),
+    (r"Command requires (\d+) nodes", "too_few_sparks", "the model wants {0} Sparks", "give the slot more hosts, or lower tensor-parallel-size"),
+)
+SUMMARY = (r"EngineCore failed to start|Engine core initialization failed|WorkerProc failed to start|Worker proc .* died unexpectedly",
+           "engine_failed", "the engine failed to start", "read the log above for the cause")
+_PROGRESS = tuple((re.compile(p), share, words) for p, share, words in PROGRESS)
+_FATAL = tuple((re.compile(p), *rest) for p, *rest in (*FATAL, SUMMARY))
+
+
+class Signal(NamedTuple):
+    """What one log line tells. kind: progress, fatal, or none."""
+    kind: str
+    fraction: float = 0.0
+    text: str = ""
+    code: str = ""
+    remedy: str = ""
+    rank: int = 0               # of a fatal line: the lower, the nearer to the root cause
+
+
+def _words(form, groups):
+    """Fill {0} and the optional {0: text with {} } parts of a message from a match's groups."""
+    form = re.sub(r"\{(\d):([^{}]*)\{\}([^{}]*)\}", lambda m: f"{m[2]}{groups[int(m[1])]}{m[3]}" if groups[int(m[1])] else "", form)
+    return re.sub(r"\{(\d)(?::\.(\d))?\}", lambda m: (groups[int(m[1])] or "")[:int(m[2]) + 2 if m[2] else None], form)
+
+
+def classify_log_line(line):
+    """One line of an engine's or launcher's log -> Signal. Pure; ERROR alone is not fatal, vLLM logs it in good health."""
+    line = LOG_PREFIX.sub("", line)
+    if m := SHARDS.search(line):
+        done, total = int(m["done"]), max(1, int(m["all"]))
+        what = "files" if "shards" in m["what"] else "tensors"
+        return Signal("progress", 0.06 + 0.64 * min(1, done / total), f"Loading weights, {done} of {total} {what}")
+    for pattern, share, words in _PROGRESS:
+        if m := pattern.search(line):
+            return Signal("progress", share, _words(words, m.groups() or ("",)))
+    if line.startswith(("WARNING", "INFO")):
+        return Signal("none")
+    for rank, (pattern, code, what, remedy) in enumerate(_FATAL):
+        if m := pattern.search(line):
+            groups = m.groups()
+            if code == "image_missing":
+                groups = (next(g for g in groups if g),)
+            return Signal("fatal", 0.0, _words(what, groups)[:400], code, _words(remedy, groups), rank)
+    return Signal("none")
+
+
+# === 8 swap rules =============================================================
+# Pure: no thread, clock, file or network. TRANSITIONS is the whole of what may follow what; advance() is the only
+# code that assigns a phase; check_swap() holds the invariants and runs after every transition.
+
+PHASES = ("queued", "checking", "draining", "stopping", "launching", "loading", "warming", "ready", "failed", "cancelled", "planned")
+TERMINAL = frozenset(("ready", "failed", "cancelled", "planned"))
+_END = frozenset(("failed", "cancelled"))
+TRANSITIONS = {
+    "queued":    frozenset(("checking",)) | _END,
+    "checking":  frozenset(("draining", "planned")) | _END,
+    "draining":  frozenset(("stopping",)) | _END,
+    "stopping":  frozenset(("launching", "ready")) | _END,      # ready: an unload, which launches nothing
+    "launching": frozenset(("loading",)) | _END,
+    "loading":   frozenset(("warming",)) | _END,
+    "warming":   frozenset(("ready",)) | _END,
+    "ready":     frozenset(), "failed": frozenset(), "cancelled": frozenset(), "planned": frozenset(),
+}
+
+
+class Check(NamedTuple):
+    """One thing looked at before anything is touched. status: ok, warn, fail, skipped."""
+    name: str
+    status: str
+    detail: str
+    remedy: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Swap:
+    """One attempt to make a slot serve a model (model None: nothing). Immutable; shared between threads as it is."""
+    id: str
+    slot: str
+    model: str | None
+    from_model: str | None = None
+    phase: str = "queued"
+    started_at: str = ""
+    ended_at: str | None = None
+    phases: tuple = ()              # ((phase, started_at, seconds or None), …)
+    phase_began: float = 0.0        # Unix time
+    fraction: float = 0.0           # of the running phase
+    text: str = ""
+    eta_seconds: float | None = None
+    usual_seconds: float | None = None
+    slower: bool = False            # than 1.5 × usual, with no log line for 30 s
+    checks: tuple = ()
+    commands: tuple = ()
+    error: dict | None = None
+    holder: str | None = None
+    forced: bool = False
+    dry_run: bool = False
+    restart: bool = False
+    rollback: bool = True
+    rollback_of: str | None = None
+    skip_checks: tuple = ()
+    note: str = ""
+    client: str = ""
+    seq: int = 0                    # grows with every change; what long-polls wait on
+    # from here on for the journal only
+    plan: Plan | None = None
+    previous: Plan | None = None    # what was launched before, to go back to
+    since: str = ""                 # when the launch began, by the head's clock
+    touched: bool = False           # the old engine was told to stop
+    cancelling: bool = False
+    ending: dict | None = None      # outcome that is decided while the clean-up still runs
+
+    def public(self):
+        """The shape of the API."""
+        got = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:-6]}
+        for name in ("fraction", "text", "phase_began"):
+            got.pop(name)
+        got["phases"] = [{"phase": p, "started_at": at, "seconds": s} for p, at, s in self.phases]
+        got["progress"] = {"fraction": round(self.fraction, 4), "text": self.text}
+        got["checks"] = [c._asdict() for c in self.checks]
+        got["cancelling"] = self.cancelling
+        return got
+
+    def journal(self):
+        return dataclasses.asdict(dataclasses.replace(self, checks=tuple(tuple(c) for c in self.checks)))
+
+    @classmethod
+    def from_journal(cls, got):
+        """Raises TypeError, KeyError or ValueError for another shape."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        got = {k: v for k, v in got.items() if k in known}
+        got["checks"] = tuple(Check(*c) for c in got.get("checks", ()))
+        got["phases"] = tuple(tuple(p) for p in got.get("phases", ()))
+        for name in ("commands", "skip_checks"):
+            got[name] = tuple(got.get(name, ()))
+        for name in ("plan", "previous"):
+            got[name] = Plan.from_dict(got[name]) if got.get(name) else None
+        return check_swap(cls(**got))
+
+
+def check_swap(s):
+    """The invariants, one a line. Raises ValueError: `assert` would vanish under -O."""
+    for ok, rule in (
+            (s.phase in TRANSITIONS, "the phase is a known one"),
+            ((s.ended_at is not None) == (s.phase in TERMINAL), "exactly a terminal swap has an end"),
+            (s.phase != "failed" or s.error, "a failed swap says why"),
+            (s.phase not in ("launching", "loading", "warming") or s.plan, "what is launched has a plan"),
+            (s.phase not in ("launching", "loading", "warming") or s.touched, "nothing is launched before the stop"),
+            (s.phase != "planned" or s.dry_run and not s.touched, "only a dry run ends planned, and it touches nothing"),
+            (s.model is not None or s.phase not in ("launching", "loading", "warming"), "an unload launches nothing"),
+            (not (s.rollback_of and s.rollback), "a rollback does not roll back"),
+            (s.phase in TERMINAL or not s.phases or s.phases[-1][2] is None, "the running phase has no duration yet")):
+        if not ok:
+            raise ValueError(f"swap {s.id} in {s.phase} breaks the rule: {rule}")
+    return s
+
+
+def advance(s, phase, now, **facts):
+    """(swap, phase, Unix time) -> the swap in that phase. The only code that changes a phase. Raises ValueError."""
+    if phase not in TRANSITIONS[s.phase]:
+        raise ValueError(f"{s.phase} cannot become {phase}")
+    done = s.phases[:-1] + ((s.phases[-1][0], s.phases[-1][1], round(now - s.phase_began, 3)),) if s.phases else ()
+    terminal = phase in TERMINAL
+    phases = done + ((phase, utc(now), 0.0 if terminal else None),)
+    return check_swap(dataclasses.replace(
+        s, phase=phase, phases=phases, phase_began=now, seq=s.seq + 1, ended_at=utc(now) if terminal else None,
+        eta_seconds=0.0 if phase == "ready" else s.eta_seconds if not terminal else None, slower=False,
+        fraction=1.0 if phase == "ready" else 0.0, text="", **facts))
+
+
+def transitions_as_text():
+    return [f"{phase} -> {', '.join(sorted(nexts, key=PHASES.index)) or '(end)'}" for phase, nexts in TRANSITIONS.items()]
+
+
+def estimate(s, durations, now):
+    """(seconds left, usual seconds of this phase) from {phase: median seconds of earlier swaps}; None where unknown.
+
+    In the running phase the larger of `usual minus elapsed` and what the fraction reached tells.
+    """
+    order = PHASES[:PHASES.index("ready")]
+    if s.phase not in order:
+        return None, None
+    elapsed, usual = now - s.phase_began, durations.get(s.phase)
+    left = max(0.0, usual - elapsed) if usual is not None else None
+    if s.phase == "loading" and s.fraction > 0.1:
+        by_fraction = elapsed * (1 - s.fraction) / s.fraction
+        left = by_fraction if left is None else max(left, by_fraction * 0.5)
+    later = [durations.get(p) for p in order[order.index(s.phase) + 1:] if p not in ("queued", "draining")]
+    if left is None or s.phase not in ("loading", "warming") and any(d is None for d in later):
+        return None, usual
+    return round(left + sum(d or 0.0 for d in later), 1), usual
+
+
+def reclaimed(samples, need_kb, floor_kb=2 << 20):
+    """Whether memory is back: [(monotonic s, MemAvailable kB)] flat for a second, and covering need plus a floor."""
+    if not samples or samples[-1][1] < need_kb + (floor_kb if need_kb else 0):
+        return False
+    last = [kb for at, kb in samples if at >= samples[-1][0] - 1.0]
+    long_enough = samples[-1][0] - samples[0][0] >= 1.0
+    return long_enough and max(last) - min(last) < 512 << 10
+
+
+def memory_need_gb(model, total_gb, nodes):
+    """(GiB that the engine will take on each Spark, GiB of them weights or 0, how that was found).
+
+    vLLM takes gpu-memory-utilization (0.92 unless told) of all memory, or with kv-cache-memory-bytes the weights
+    plus that; the GPU and everything else share the same memory (FIELD: A5, C).
+    """
+    knobs = {k.replace("_", "-"): v for k, v in model.knobs}
+    weights = model.size_gb / nodes
+    kv = knobs.get("kv-cache-memory-bytes")
+    if kv is not None and (m := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?[bB])?", str(kv))):
+        unit = {"": 1, "k": 1000, "m": 10**6, "g": 10**9, "t": 10**12, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}[m[2]]
+        return weights + float(m[1]) * unit / GIB + 4, weights, "weights, KV cache and 4 GB to work in"
+    try:
+        share = float(knobs.get("gpu-memory-utilization", knobs.get("device-memory-utilization", 0.92)))
+    except (TypeError, ValueError):
+        share = 0.92
+    return share * total_gb, weights, f"{share:g} of {total_gb:.1f} GB"
+
+
+def evaluate_checks(model, slot, config, facts, used, probe, current):
+    """Facts of every Spark -> [Check], and the model's need in GiB per Spark. Pure.
+
+    facts: {Spark: parse_facts or a Result that did not get there}; used: the Sparks that the model needs; probe: what
+    the slot's port answered; current: the Plan that we launched there, or None.
+    """
+    checks, cluster = [], slot.backend == "launch-cluster"
+    down = {h: f for h, f in facts.items() if isinstance(f, Result)}
+    there = {h: f for h, f in facts.items() if h not in down}
+    add = lambda *row: checks.append(Check(*row))
+    for host, result in down.items():
+        spark, what = config.sparks[host], f"{host}: {result.kind.replace('_', ' ')}: {printable(result.err.strip().splitlines()[-1] if result.err.strip() else '', 200)}"
+        add("reachable", "fail" if host in used else "warn", what, remedy_for(result, spark))
+    if not down:
+        add("reachable", "ok", f"{', '.join(facts)} answered")
+    head = there.get(slot.hosts[0])
+    if cluster and head is not None:
+        flags, directory = set(head["flag"]), config.settings["LAUNCH_DIR"]
+        old = [what for what, needle in LAUNCHER_NEEDS.items() if needle not in flags]
+        elsewhere = next((v.strip("'\"") for v in head["env_container"] if v.strip("'\"") != slot.container), "")
+        if head["launcher"] != ["yes"]:
+            add("launcher", "fail", f"no executable launch-cluster.sh in {directory} on {slot.hosts[0]}",
+                "clone spark-vllm-docker there, or set LAUNCH_DIR")
+        elif old:
+            add("launcher", "fail", f"this launch-cluster.sh does not know {' or '.join(old)}", f"update it: git -C {directory} pull")
+        elif slot.container == "vllm_node" and elsewhere:
+            add("launcher", "fail", f"CONTAINER_NAME in the launcher's .env makes it use {elsewhere}, not {slot.container}",
+                f"set VLLM_CONTAINER to {elsewhere}")
+        else:
+            add("launcher", "ok", f"launch-cluster.sh in {directory}, {len(flags)} options known")
+    if cluster:
+        bad = {h: f["docker"][-1] if f["docker"] else "no answer" for h, f in there.items() if f["docker"][:1] != ["ok"]}
+        for host, why in bad.items():
+            add("docker", "fail" if host in used else "warn", f"{host}: {printable(why, 200)}", "start docker, and add the ssh user to the group docker")
+        if there and not bad:
+            add("docker", "ok", "answers")
+    if head is not None:
+        ours = bool(head["engine"]) if cluster else current is not None
+        if probe.served or head["listening"]:
+            who = f"{', '.join(probe.served[:2])}" if probe.served else "something"
+            if ours:
+                add("port", "ok", f"{slot.port} is the engine that will be stopped ({who})")
+            elif cluster or not probe.served:
+                add("port", "fail", f"{who} answers on port {slot.port} of {slot.hosts[0]}, and it is not in container {slot.container}",
+                    "stop it, or give the slot another port")
+            else:
+                add("port", "warn", f"{who} answers on port {slot.port}; it was not started from here", "the template's stop must end it")
+        else:
+            add("port", "ok", f"{slot.port} is free")
+        if (probe.served or head["engine"]) and (current is None or probe.served and probe.served[0] not in current.served_names):
+            add("rollback", "warn", f"{', '.join(probe.served[:1]) or 'what runs there'} was not started from here and cannot be restored", "")
+    need_gb = 0.0
+    if model:
+        need_gb = _check_model(add, model, slot, used, there, probe, current)
+    return checks, need_gb
+
+
+def _check_model(add, model, slot, used, there, probe, current):
+    """The checks that need the model: weights on every Spark that loads them, and memory. Returns GiB per Spark."""
+    sized, bad = model, False
+    for host in used:
+        f = there.get(host)
+        if f is None:
+            continue
+        if not f["weights"]:
+            add("weights", "fail", f"{model.source} is not on {host}",
+                "check the path" if model.local_path else f"download it there: hf download {model.repo}")
+            bad = True
+        elif f["weights_missing"] or f["weights_incomplete"]:
+            missing = ", ".join(f["weights_missing"][:3]) or "a file that is still being downloaded"
+            add("weights", "fail", f"{host} has {model.source} without {printable(missing, 200)}", "let the download finish, or download it again")
+            bad = True
+        with contextlib.suppress(ValueError, IndexError):
+            sized = dataclasses.replace(model, size_gb=int(f["weights_kb"][0]) / (1 << 20))
+    if there and not bad:
+        add("weights", "ok", f"{sized.size_gb:.1f} GB on {', '.join(h for h in used if h in there)}")
+    need_gb, worst = 0.0, None
+    for host in used:
+        try:
+            total, available = (int(there[host][name][0].split()[0]) / (1 << 20) for name in ("MemTotal", "MemAvailable"))
+        except (KeyError, IndexError, ValueError):
+            continue
+        need, weights, how = memory_need_gb(sized, total, len(used))
+        back = current.need_gb if current and host in current.hosts else 0.0
+        unknown = not current and bool(probe.served or there[host]["engine"])
+        need_gb = max(need_gb, need)
+        if weights + 1 > need:
+            row = ("fail", f"{host}: {weights:.1f} GB of weights do not fit into {need:.1f} GB ({how})",
+                   f"raise gpu-memory-utilization to {min(0.95, (weights + 6) / total):.2f}, or use more Sparks")
+        elif need + 2 > available + back and not unknown:
+            row = ("fail", f"{host}: needs {need:.1f} GB ({how}), and {available + back:.1f} GB can be free",
+                   f"lower gpu-memory-utilization to {max(0.0, (available + back - 3) / total):.2f}, or stop other services")
+        elif need + 2 > available and unknown:
+            row = ("warn", f"{host}: needs {need:.1f} GB ({how}); {available:.1f} GB are free, and what the engine there gives back is not known", "")
+        else:
+            row = ("ok", f"{host}: needs {need:.1f} GB ({how}), {available + back:.1f} GB can be free", "")
+        if worst is None or ("ok", "warn", "fail").index(row[0]) > ("ok", "warn", "fail").index(worst[0]):
+            worst = row
+    add("memory", *(worst or ("warn", "the Spark does not tell how much memory it has", "")))
+    return need_gb
+
+
+# === 9 swap ===================================================================
+# One thread, `swap`, performs the running swap phase by phase; every phase may be begun again after a crash. Others
+# only ask: start(), cancel(). Decide under the lock, act outside it. The journal, swap.json, is written before the
+# first effect of a phase, so what it says is what may have happened.
+
+
+class Failed(Exception):
+    """The running swap cannot go on: what happened in an operator's words, and what to do."""
+
+    def __init__(self, code, message, remedy=""):
+        super().__init__(message)
+        self.code, self.remedy = code, remedy
+
+
+class Gate:
+    """Counts requests in flight per slot and holds new ones while the slot swaps."""
+
+    def __init__(self):
+        self._cond = threading.Condition()
+        self._held = set()                                  # guarded by _cond
+        self._inflight = collections.Counter()              # guarded by _cond
+        self._waiting = collections.Counter()               # guarded by _cond
+
+    def hold(self, slot):
+        with self._cond:
+            self._held.add(slot)
+
+    def release(self, slot):
+        with self._cond:
+            self._held.discard(slot)
+            self._cond.notify_all()
+
+    def is_held(self, slot):
+        with self._cond:
+            return slot in self._held
+
+    def enter(self, slot, hold_s):
+        """Count one request in; while the slot is held, wait up to hold_s first. False if it is held still."""
+        with self._cond:
+            self._waiting[slot] += 1
+            try:
+                if not self._cond.wait_for(lambda: slot not in self._held, hold_s):
+                    return False
+            finally:
+                self._waiting[slot] -= 1
+            self._inflight[slot] += 1
+            return True
+
+    def leave(self, slot):
+        with self._cond:
+            self._inflight[slot] -= 1
+            self._cond.notify_all()
+
+    def counts(self, slot):
+        """(in flight, held)."""
+        with self._cond:
+            return self._inflight[slot], self._waiting[slot]
+
+    def drain(self, slot, timeout_s, cancel):
+        """Wait until nothing is in flight -> how many still are. Raises Cancelled."""
+        deadline = time.monotonic() + timeout_s
+        with self._cond:
+            while self._inflight[slot] and (left := deadline - time.monotonic()) > 0:
+                if cancel.is_set():
+                    raise Cancelled()
+                self._cond.wait(min(left, 0.1))
+            return self._inflight[slot]
+
+
+class SwapLog:
+    """The log of one swap: numbered lines in memory for streams, and on disk for good."""
+
+    KEEP, DISK = 20_000, 8 << 20                            # lines in memory, bytes on disk
+
+    def __init__(self, path):
+        self.path = path
+        self._lock = threading.Lock()
+        self._lines = collections.deque(maxlen=self.KEEP)   # guarded by _lock; (n, at, text)
+        self._next = 1                                      # guarded by _lock
+        self._room = self.DISK                              # guarded by _lock
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as f:
+            for line in f:
+                at, _, said = line.rstrip("\n").partition(" ")
+                self._append_locked(at, said)
+
+    def _append_locked(self, at, said):
+        self._lines.append((self._next, at, said))
+        self._next += 1
+        self._room -= len(said) + 26
+
+    def add(self, said):
+        """Append one line; a line from outside may hold anything."""
+        at, said = utc(), printable(said)
+        with self._lock:
+            self._append_locked(at, said)
+            if self._room > 0:
+                with contextlib.suppress(OSError), open(self.path, "a", encoding="utf-8") as f:
+                    f.write(f"{at} {said}\n")
+
+    def after(self, n, limit=1000):
+        """Lines whose number is greater than n, at most limit."""
+        with self._lock:
+            if not self._lines or self._lines[-1][0] <= n:
+                return []
+            start = max(0, n + 1 - self._lines[0][0])
+            return [self._lines[i] for i in range(start, min(len(self._lines), start + limit))]
+
+    def tail(self, count=20):
+        with self._lock:
+            return [said for _, _, said in list(self._lines)[-count:]]
+
+
+class Follower:
+    """Reads an engine's log and heartbeat over one connection, and connects again when that is lost."""
+
+    STAMP = re.compile(r"^(\d{4}-\d\d-\d\dT[\d:.]+Z) ?")
+
+    def __init__(self, hosts, spark, plan, since):
+        self.events = queue.SimpleQueue()                   # ("log", text) ("dead", why) ("lost", why) ("back", "")
+        self._hosts, self._spark, self._plan, self._since = hosts, spark, plan, since
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
+        self._thread.start()
+
+    def close(self):
+        self._closed.set()
+        self._thread.join(5)
+
+    def _follow(self):
+        pause, lost = 0.25, False
+        while not self._closed.is_set():
+            why = "internal error"
+            try:
+                why, beats = self._read_once(lost)
+            except Exception as e:                          # this thread must not die silently
+                log(f"follow: {type(e).__name__}: {e}")
+                beats = 0
+            if why is None:
+                return
+            pause = 0.25 if beats else min(5.0, pause * 2)
+            if not lost or beats:
+                self.events.put(("lost", why))
+            lost = True
+            self._closed.wait(pause)
+
+    def _read_once(self, lost):
+        """(None, beats) when closed or dead, else (why the connection ended, beats)."""
+        spark = self._hosts.sparks[self._spark]
+        stamped, beats, tail = self._plan.backend == "launch-cluster", 0, b""
+        process = spawn(self._hosts.argv(spark, follow_script(self._plan, self._since)),
+                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        buffers, last_beat = {"out": b"", "err": b""}, time.monotonic()
+        try:
+            with selectors.DefaultSelector() as ready:
+                ready.register(process.stdout, selectors.EVENT_READ, "out")
+                ready.register(process.stderr, selectors.EVENT_READ, "err")
+                while ready.get_map():
+                    for key, _ in ready.select(0.2):
+                        chunk = os.read(key.fd, 65536)
+                        if not chunk:
+                            ready.unregister(key.fileobj)
+                        *lines, buffers[key.data] = (buffers[key.data] + chunk).split(b"\n")
+                        for line in lines if chunk else filter(None, (buffers[key.data],)):
+                            line = line.decode("utf-8", "replace")
+                            if key.data == "out":
+                                self._line(line, stamped)
+                            elif line == "beat":
+                                beats, last_beat = beats + 1, time.monotonic()
+                                if lost and beats == 1:
+                                    self.events.put(("back", ""))
+                            elif line.startswith("dead"):
+                                self.events.put(("dead", line[5:].strip()))
+                                return None, beats
+                            else:
+                                tail = (tail + line.encode() + b"\n")[-4000:]
+                        if len(buffers[key.data]) > 1 << 20:
+                            buffers[key.data] = b""
+                    if self._closed.is_set():
+                        return None, beats
+                    if time.monotonic() - last_beat > 6:
+                        self._hosts.reset(spark) if not spark.local else None
+                        return "no sign of life for 6 s", beats
+            return classify_ssh_failure(tail.decode("utf-8", "replace"))[1], beats
+        finally:
+            end_process(process)
+
+    def _line(self, line, stamped):
+        if stamped and (m := self.STAMP.match(line)):
+            if m[1] <= self._since:                         # seen before the connection was lost
+                return
+            self._since, line = m[1], line[m.end():]
+        for part in line.split("\r"):
+            if part.strip():
+                self.events.put(("log", part))
+
+
+class SwapManager:
+    """Decides who may swap, keeps the journal and the history, and owns the thread that acts."""
+
+    KEEP = 50                                               # terminal swaps, each with its log
+
+    def __init__(self, data_dir, config, hosts, hub, gate, events, warn, observe=lambda slot, probe: None):
+        self.dir = os.path.join(data_dir, "swaps")
+        self._journal = os.path.join(data_dir, "swap.json")
+        self._config, self.hosts, self._hub, self.gate = config, hosts, hub, gate   # config: () -> Config
+        self._events, self._observe = events, observe       # events(kind, text, **facts)
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._save_lock = threading.Lock()                  # one writer of the journal at a time; taken before _lock
+        self._running = None                                # guarded by _lock
+        self._waiting = None                                # guarded by _lock; pre-empts a rollback
+        self._recent = []                                   # guarded by _lock; terminal swaps, newest first
+        self._plans = {}                                    # guarded by _lock; slot -> Plan of what we launched there
+        self._logs = {}                                     # guarded by _lock; id -> SwapLog
+        self._cancel = threading.Event()                    # set for the running swap only
+        self._closing = threading.Event()
+        os.makedirs(self.dir, mode=0o700, exist_ok=True)
+        self._load(warn)
+        self._thread = threading.Thread(target=self._work, name="swap", daemon=True)
+
+    # --- reading
+
+    def running(self):
+        with self._lock:
+            return self._running
+
+    def recent(self):
+        with self._lock:
+            return list(self._recent)
+
+    def get(self, swap_id):
+        """The Swap with that id. Raises Refused 404."""
+        with self._lock:
+            for s in (self._running, self._waiting, *self._recent):
+                if s and s.id == swap_id:
+                    return s
+        raise Refused(404, "unknown_swap", f"no swap {printable(swap_id, 80)}; the last {self.KEEP} are kept")
+
+    def plan_of(self, slot):
+        with self._lock:
+            return self._plans.get(slot)
+
+    def mark(self, slot):
+        """(id of the swap that has touched the slot or None, how many swaps ended): equal marks mean nothing happened."""
+        with self._lock:
+            s = self._running
+            return (s.id if s and s.slot == slot and s.phase not in ("queued", "checking") else None), self._recent[:1]
+
+    def log_of(self, swap_id):
+        with self._lock:
+            if swap_id in self._logs:
+                return self._logs[swap_id]
+        self.get(swap_id)
+        return SwapLog(os.path.join(self.dir, swap_id + ".log"))
+
+    def durations(self, model, size_gb=0):
+        """{phase: median seconds of this model's successful swaps}; loading of a new one is scaled by size."""
+        times, rates = collections.defaultdict(list), []
+        sizes = {m.key: m.size_gb for m in self._config().models.values()}
+        for s in self.recent():
+            if s.phase == "ready" and s.model:
+                for phase, _, seconds in s.phases:
+                    if s.model == model:
+                        times[phase].append(seconds)
+                    elif phase == "loading" and sizes.get(s.model):
+                        rates.append(seconds / sizes[s.model])
+        got = {phase: statistics.median(values) for phase, values in times.items()}
+        if "loading" not in got and rates and size_gb:
+            got["loading"] = statistics.median(rates) * size_gb
+        return got
+
+    # --- asking
+
+    def start(self, slot, model, authorise=lambda: None, **options):
+        """Begin a swap of slot to model (a key; None = unload) -> the queued Swap.
+
+        Raises Refused 409 while another runs, and whatever authorise() raises: both are asked under one lock. A
+        running rollback gives way to a new swap, which then waits as `queued` until the rollback has cleaned up.
+        """
+        now = time.time()
+        swap = Swap(f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{secrets.token_hex(2)}", slot, model, started_at=utc(now),
+                    phase_began=now, phases=(("queued", utc(now), None),), from_model=getattr(self.plan_of(slot), "model", None), **options)
+        if model is None or swap.dry_run:
+            swap = dataclasses.replace(swap, rollback=False)
+        check_swap(swap)
+        with self._lock:
+            running = self._running
+            if running and (not running.rollback_of or self._waiting or swap.dry_run):
+                busy = self._waiting or running
+                raise Refused(409, "swap_running", f"a swap to {busy.model or 'nothing'} is running on {busy.slot} ({busy.phase})",
+                              swap=busy.id, model=busy.model, phase=busy.phase, eta_seconds=busy.eta_seconds)
+            authorise()
+            if running:
+                self._waiting = swap
+                self._cancel.set()
+            else:
+                self._running = swap
+                self._cancel.clear()
+            self._logs[swap.id] = SwapLog(os.path.join(self.dir, swap.id + ".log"))
+        try:
+            self._save()
+        except OSError as e:
+            with self._lock:
+                self._running, self._waiting = (running, None) if running else (None, None)
+            raise Refused(503, "journal_unwritable", f"{self._journal} cannot be written: {e.strerror}") from None
+        self._events("swap_started" if not swap.dry_run else "dry_run", f"{swap.client or 'someone'} asked for {model or 'nothing'} on {slot}",
+                     swap=swap.id, slot=slot, model=model)
+        with self._lock:
+            self._wake.notify_all()
+        self._hub.bump()
+        return swap
+
+    def cancel(self, swap_id, client=""):
+        """Tell the running swap to end; it cleans up first. Returns the Swap as it is now. Raises Refused 404, 409."""
+        s = self.get(swap_id)
+        with self._lock:
+            if self._waiting and self._waiting.id == swap_id:
+                raise Refused(409, "not_started", "the swap waits for a rollback to give way; cancel it when it runs")
+            if not self._running or self._running.id != swap_id:
+                raise Refused(409, "swap_over", f"the swap is {s.phase} already", phase=s.phase)
+            if not self._running.cancelling:
+                self._running = dataclasses.replace(self._running, cancelling=True, seq=self._running.seq + 1)
+            self._cancel.set()
+            s = self._running
+        self._save_quietly()
+        self._events("swap_cancel", f"{client or 'someone'} cancelled the swap to {s.model or 'nothing'}", swap=s.id)
+        self._hub.bump()
+        return s
+
+    # --- journal
+
+    def _load(self, warn):
+        got = read_state(self._journal, warn)
+        try:
+            running, waiting = (Swap.from_journal(got[k]) if got.get(k) else None for k in ("running", "waiting"))
+            plans = {slot: Plan.from_dict(p) for slot, p in got.get("slots", {}).items()}
+        except (TypeError, KeyError, ValueError, AttributeError) as e:
+            warn(f"swap.json is of another shape ({printable(str(e), 200)}); starting from what the slots really serve")
+            with contextlib.suppress(OSError):
+                os.replace(self._journal, f"{self._journal}.bad-{int(time.time())}")
+            running, waiting, plans = None, None, {}
+        recent = []
+        for name in sorted(n for n in os.listdir(self.dir) if n.endswith(".json"))[-2 * self.KEEP:]:
+            with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):
+                recent.append(Swap.from_journal(read_state(os.path.join(self.dir, name), warn)))
+        with self._lock:
+            self._running, self._waiting, self._plans = running, waiting, plans
+            self._recent = sorted((s for s in recent if not running or s.id != running.id), key=lambda s: s.ended_at or "", reverse=True)[:self.KEEP]
+            for s in filter(None, (running, waiting)):
+                self._logs[s.id] = SwapLog(os.path.join(self.dir, s.id + ".log"))
+            if running and (running.cancelling or waiting):
+                self._cancel.set()
+        if running and not running.dry_run and running.phase not in ("queued", "checking"):
+            self.gate.hold(running.slot)
+
+    def _save(self):
+        """Write the journal. Raises OSError."""
+        with self._save_lock:
+            with self._lock:
+                doc = {"running": self._running and self._running.journal(), "waiting": self._waiting and self._waiting.journal(),
+                       "slots": {slot: dataclasses.asdict(p) for slot, p in self._plans.items()}}
+            write_atomic(self._journal, json.dumps(doc).encode())
+
+    def _save_quietly(self):
+        try:
+            self._save()
+        except OSError as e:
+            log(f"{self._journal} cannot be written: {e.strerror}; a restart now would lose the running swap")
+
+    def _update(self, save=False, **facts):
+        """Replace fields of the running swap; only the swap thread calls this."""
+        with self._lock:
+            self._running = s = dataclasses.replace(self._running, seq=self._running.seq + 1, **facts)
+        if save:
+            self._save_quietly()
+        self._hub.bump()
+        return s
+
+    def _enter(self, phase, forget=(), **facts):
+        """Make a transition, journal it, tell everybody. forget: slots in which nothing of ours is left."""
+        with self._lock:
+            self._running = s = advance(self._running, phase, time.time(), **facts)
+            for slot in forget:
+                self._plans.pop(slot, None)
+        self._save_quietly()
+        self._hub.bump()
+        self.log_of(s.id).add(f"-- {phase}")
+        return s
+
+    # --- acting
+
+    def begin(self):
+        """Start the thread; a swap found in the journal is resumed."""
+        if s := self.running():
+            self.log_of(s.id).add(f"-- sparkctl was started again while {s.phase}; going on")
+        self._thread.start()
+
+    def close(self):
+        """Stop acting without touching any engine; the journal lets the next start go on."""
+        self._closing.set()
+        with self._lock:
+            self._wake.notify_all()
+        self._cancel.set()                                  # wakes every wait; _drive asks _closing first
+        if self._thread.is_alive():
+            self._thread.join(2)
+
+    def _work(self):
+        while not self._closing.is_set():
+            with self._lock:
+                self._wake.wait_for(lambda: self._running or self._closing.is_set())
+            if self._closing.is_set():
+                return
+            try:
+                self._drive()
+            except Exception as e:
+                log(f"swap: {type(e).__name__}: {e}")       # a failing disk, say; try again rather than die
+                self._closing.wait(1)
+
+    def _drive(self):
+        """Perform the running swap to its end."""
+        run = SwapRun(self, self._config(), self._cancel)
+        try:
+            while (s := self.running()) and s.id == run.id:
+                try:
+                    if s.ending:
+                        self._finish(run)
+                    elif self._cancel.is_set():
+                        raise Cancelled()
+                    else:
+                        run.perform(s)
+                    continue
+                except Cancelled:
+                    ending = {"phase": "cancelled"}
+                except Failed as e:
+                    ending = {"phase": "failed", "error": {"code": e.code, "message": str(e), "remedy": e.remedy,
+                                                           "log_tail": run.log.tail(20)}}
+                except Exception as e:
+                    log(f"swap {s.id}: {type(e).__name__}: {e}\n{traceback.format_exc()}")
+                    ending = {"phase": "failed", "error": {"code": "internal", "message": "an internal error; sparkctl's own log has it",
+                                                           "remedy": "report it with that log", "log_tail": []}}
+                if self._closing.is_set():      # not the swap's end but ours; the next start goes on
+                    return
+                self._update(save=True, ending=ending)
+        finally:
+            run.close()
+
+    def _finish(self, run):
+        """Clean up after a failed or cancelled swap, close it, and begin the rollback if one is due."""
+        s = self.running()
+        run.close()
+        restored = run.clean_up(s) if s.touched else None
+        if restored:
+            run.log.add(f"-- {restored.model} still serves")
+        elif s.touched and s.rollback and not s.previous:
+            run.log.add("-- nothing to roll back to: what served before was not started from here")
+        self._conclude(s.ending["phase"], plans={s.slot: restored} if s.touched else None,
+                       rollback=s.touched and s.rollback and s.previous is not None and not restored,
+                       error=s.ending.get("error"), cancelling=False, ending=None)
+
+    def _conclude(self, phase, plans=None, rollback=False, **facts):
+        """The terminal transition: the swap joins the history, and what waits, or its rollback, is the running one.
+
+        Whoever sees the swap over can start the next at once. The history is written first: a crash in between
+        finds the swap in the journal and ends it again.
+        """
+        now = time.time()
+        with self._lock:
+            s = advance(self._running, phase, now, **facts)
+        self.log_of(s.id).add(f"-- {phase}" + (f": {s.error['message']}" if s.error else ""))
+        try:
+            write_atomic(os.path.join(self.dir, s.id + ".json"), json.dumps(s.journal()).encode())
+        except OSError as e:
+            log(f"swap {s.id} cannot be kept: {e.strerror}")
+        with self._lock:
+            for slot, plan in (plans or {}).items():
+                self._plans.pop(slot, None)
+                if plan:
+                    self._plans[slot] = plan
+            self._recent.insert(0, s)
+            old, self._recent = self._recent[self.KEEP:], self._recent[:self.KEEP]
+            following, self._waiting = self._waiting, None
+            if following and s.rollback_of:     # it gave way: what it would have brought back is still what to go back to
+                following = dataclasses.replace(following, previous=s.plan)
+            elif rollback:
+                following = Swap(s.id + "-rb", s.slot, s.previous.model, started_at=utc(now), phase_began=now,
+                                 phases=(("queued", utc(now), None),), rollback=False, rollback_of=s.id,
+                                 plan=s.previous, holder=s.holder, note=s.note, client=s.client)
+                self._logs[following.id] = SwapLog(os.path.join(self.dir, following.id + ".log"))
+            self._running = following
+            self._cancel.clear()
+            self._logs.pop(s.id, None)
+        self._save_quietly()
+        if not following:
+            self.gate.release(s.slot)
+        for o in old:
+            for suffix in (".json", ".log", ".engine.log"):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(self.dir, o.id + suffix))
+        if not s.dry_run:
+            told = {"ready": "swap_complete", "failed": "swap_failed", "cancelled": "swap_cancelled"}[phase]
+            self._events(told, f"{s.model or 'nothing'} on {s.slot}: {phase}" + (f", {s.error['message']}" if s.error else ""),
+                         swap=s.id, slot=s.slot, model=s.model, rollback_of=s.rollback_of)
+        self._hub.bump()
+
+
+class SwapRun:
+    """The effects of one swap, one method per phase. Used by the swap thread only."""
+
+    def __init__(self, manager, config, cancel):
+        self.m, self.config, self.cancel = manager, config, cancel
+        s = manager.running()
+        self.id = s.id
+        self.log = manager.log_of(s.id)
+        self.slot = config.layout.slots.get(s.slot)
+        self.follower = None
+        self.was_empty = False              # nothing was there to stop, so no memory has to come back
+        self.last_line = time.monotonic()
+
+    def close(self):
+        if self.follower:
+            self.follower.close()
+            self.follower = None
+
+    def perform(self, s):
+        if self.slot is None:
+            raise Failed("slot_gone", f"slot {s.slot} is not configured any more", "put it back into services-overrides.yaml")
+        getattr(self, "do_" + s.phase)(s)
+
+    # --- helpers
+
+    def on(self, host, script, timeout_s, cancel=True):
+        return self.m.hosts.run(host, script, timeout_s, cancel=self.cancel if cancel else None)
+
+    def endpoint(self):
+        return Endpoint(self.m.hosts.address(self.slot.hosts[0]), self.slot.port, self.config.settings["VLLM_API_KEY"])
+
+    def left(self, s, limit):
+        """Seconds that the running phase still has; the limit counts from its journaled start, across restarts."""
+        return s.phase_began + self.config.settings[limit] - time.time()
+
+    def pause(self, seconds):
+        if self.cancel.wait(seconds):
+            raise Cancelled()
+
+    def look(self, s):
+        """One look at every Spark of the slot -> (facts, the model or None)."""
+        model = self.config.models.get(s.model) if s.model else None
+        hosts = {}
+
+        def gather(host):
+            got = self.on(host, facts_script(model if host in used else None, self.slot, self.config, host == self.slot.hosts[0]), 20)
+            return parse_facts(got.out) if got.kind == "ok" else got
+        used = self.used(model)
+        hosts = self.m.hosts.each(self.slot.hosts, gather)
+        return hosts, model
+
+    def used(self, model):
+        return self.slot.hosts if model is None or model.mode == "cluster" else self.slot.hosts[:1]
+
+    # --- phases
+
+    def do_queued(self, s):
+        self.m._enter("checking")
+
+    def do_checking(self, s):
+        facts, model = self.look(s)
+        probe = probe_vllm_endpoint(self.endpoint(), 2.0)
+        current = self.m.plan_of(s.slot)
+        head = facts[self.slot.hosts[0]]
+        self.was_empty = not probe.served and not isinstance(head, Result) and not head["container"] and not head["listening"]
+        if s.rollback_of:
+            checks, plan = [Check("reachable", "fail", f"{h}: {f.kind}", remedy_for(f, self.config.sparks[h]))
+                            for h, f in facts.items() if isinstance(f, Result) and h in s.plan.hosts], s.plan
+        else:
+            if s.model and model is None:
+                raise Failed("unknown_model", f"{s.model} is not in the catalog any more")
+            checks, need_gb = evaluate_checks(model, self.slot, self.config, facts, self.used(model), probe, current)
+            checks += self.neighbours(model)
+            flags = frozenset(head["flag"]) if not isinstance(head, Result) and head["flag"] else frozenset(("--name",))
+            try:
+                plan = make_plan(model, self.slot, self.config, flags, need_gb) if model else None
+            except ValueError as e:
+                checks.append(Check("command", "fail", str(e), ""))
+                plan = None
+        checks = tuple(c._replace(status="skipped") if c.status == "fail" and c.name in s.skip_checks else c for c in checks)
+        for c in checks:
+            self.log.add(f"check {c.name}: {c.status}: {c.detail}")
+        commands = tuple(f"{host}: {command}" for host, command in self.commands(plan))
+        s = self.m._update(save=True, checks=checks, commands=commands, plan=plan or s.plan)
+        bad = next((c for c in checks if c.status == "fail"), None)
+        if s.dry_run:
+            return self.finish_dry(bad)
+        if bad:
+            raise Failed("check_failed", f"check {bad.name}: {bad.detail}", bad.remedy)
+        self.m.gate.hold(s.slot)
+        self.m._enter("draining")
+
+    def finish_dry(self, bad):
+        self.m._conclude("planned", error={"code": "check_failed", "message": f"check {bad.name}: {bad.detail}", "remedy": bad.remedy,
+                                        "log_tail": []} if bad else None)
+
+    def neighbours(self, model):
+        """Other slots on the Sparks of a cluster model must be empty: it needs the whole of each."""
+        for other in self.config.layout.slots.values():
+            shared = set(other.hosts) & set(self.used(model)) if model and model.mode == "cluster" else ()
+            if other.name != self.slot.name and shared and (plan := self.m.plan_of(other.name)) and set(plan.hosts) & shared:
+                yield Check("neighbours", "fail", f"slot {other.name} serves {plan.model} on {', '.join(sorted(shared))}", f"unload {other.name} first")
+
+    def commands(self, plan):
+        head = self.slot.hosts[0]
+        yield head, self.stop_command(self.m.plan_of(self.slot.name))
+        if plan:
+            yield head, plan.launch
+            if plan.logs:
+                yield head, with_since(plan.logs, "now")
+
+    def stop_command(self, previous):
+        """How the slot's engine is stopped on its head; a cluster that may be there needs the launcher to visit all."""
+        if self.slot.backend != "launch-cluster":
+            template = self.config.layout.backends[self.slot.backend]
+            return fill(template.stop, {"container": quote_arg(self.slot.container), "port": quote_arg(self.slot.port)})
+        wide = len(self.slot.hosts) > 1 and (previous is None or len(previous.hosts) > 1)
+        return fill(LAUNCH_CLUSTER.stop, {"launch_dir": quote_path(self.config.settings["LAUNCH_DIR"]),
+                                          "stop_flags": ("" if wide else "--solo ") + "--name " + quote_arg(self.slot.container)})
+
+    def do_draining(self, s):
+        self.m.gate.hold(s.slot)
+        left = self.m.gate.drain(s.slot, self.left(s, "SWAP_DRAIN_SECONDS"), self.cancel)
+        if left:
+            self.log.add(f"{left} requests did not end within SWAP_DRAIN_SECONDS and will be cut")
+        previous = self.m.plan_of(s.slot) or s.previous
+        if previous and not s.previous:
+            answers = probe_vllm_endpoint(self.endpoint(), 2.0).served
+            if answers and not set(answers) & set(previous.served_names):
+                previous = None             # somebody replaced what we launched; it is not ours to bring back
+        self.m._enter("stopping", touched=True, previous=previous)
+
+    def do_stopping(self, s):
+        deadline = s.phase_began + self.config.settings["SWAP_STOP_TIMEOUT"]
+        needed = s.plan.hosts if s.plan else self.slot.hosts
+        self.stop_engine(s.previous, needed, deadline, self.cancel)
+        if s.plan is None:
+            self.m._observe(s.slot, Probe("silent", detail="unloaded"))
+            return self.m._conclude("ready", plans={s.slot: None})
+        self.wait_for_memory(s, deadline)
+        self.m._enter("launching", forget=(s.slot,))
+
+    def stop_engine(self, previous, needed, deadline, cancel):
+        """Stop what runs in the slot and see that it is gone. Raises Failed if it is not; Sparks not needed may be down."""
+        hosts, head = self.slot.hosts, self.slot.hosts[0]
+        room = lambda most: max(1.0, min(most, deadline - time.time()))
+        run = lambda host, script, most: self.m.hosts.run(host, script, room(most), cancel=cancel)
+        if self.slot.backend == "launch-cluster":
+            self.save_engine_log(run)
+            self.m.hosts.each(hosts, lambda h: run(h, retire_script(self.slot.container), 20))
+            # half of the time at most: what the launcher leaves is removed below all the same
+            got = run(head, self.stop_command(previous), self.config.settings["SWAP_STOP_TIMEOUT"] / 2)
+            if got.kind != "ok":
+                self.log.add(f"launch-cluster.sh stop: {got.kind}: {got.err.strip()[-300:] or got.out.strip()[-300:]}")
+            ends = self.m.hosts.each(hosts, lambda h: run(h, remove_script(self.slot.container), 1e9))
+        else:
+            ends = self.m.hosts.each(hosts, lambda h: run(h, self.stop_command(previous), 1e9))
+            for host, got in ends.items():
+                if got.kind == "failed":    # `docker rm -f` of nothing, say: whether it is gone is seen below
+                    self.log.add(f"{host}: the template's stop ended with {got.code}: {got.err.strip()[-300:]}")
+            ends = {h: got._replace(kind="ok") if got.kind == "failed" else got for h, got in ends.items()}
+        for host, got in ends.items():
+            if got.kind == "ok":
+                continue
+            what = f"{host}: {'the container ' + self.slot.container + ' is still there' if got.code == 4 else got.kind.replace('_', ' ')} {got.err.strip()[-200:]}"
+            if host in needed:
+                raise Failed("stop_failed", f"the old engine could not be stopped: {printable(what)}", remedy_for(got, self.config.sparks[host]) or "stop it by hand on that Spark")
+            self.log.add(f"warning: {what}")
+        self.wait_for_silence(deadline, cancel)
+
+    def save_engine_log(self, run):
+        """Keep the last lines of the engine's log: they die with its container."""
+        got = run(self.slot.hosts[0], f"docker logs -t --tail 5000 {quote_arg(self.slot.container)} 2>&1", 10)
+        if got.kind == "ok" and got.out.strip():
+            with contextlib.suppress(OSError):
+                write_atomic(os.path.join(self.m.dir, self.m.running().id + ".engine.log"), got.out[-(4 << 20):].encode())
+
+    def wait_for_silence(self, deadline, cancel):
+        """Until nothing answers on the slot's port and no engine process is left. Raises Failed, Cancelled."""
+        alive = fill(self.config.layout.backends[self.slot.backend].alive, {"container": quote_arg(self.slot.container), "port": quote_arg(self.slot.port)}) \
+            if self.slot.backend != "launch-cluster" else ""
+        while True:
+            probe = probe_vllm_endpoint(self.endpoint(), 1.0)
+            lives = bool(alive) and self.m.hosts.run(self.slot.hosts[0], f"a=$({alive}\n) 2>/dev/null && [ \"$a\" != false ]", 10, cancel=cancel).kind == "ok"
+            if probe.state == "silent" and not lives:
+                return
+            if time.time() >= deadline:
+                raise Failed("stop_failed", f"port {self.slot.port} still answers ({', '.join(probe.served[:2]) or probe.detail})" if probe.state != "silent"
+                             else "the old engine's process still lives", "stop it by hand on the Spark")
+            if (cancel or threading.Event()).wait(0.1):
+                raise Cancelled()
+
+    def wait_for_memory(self, s, deadline):
+        """The reclaim gate: launch only when every Spark used has the memory back and it has settled."""
+        samples = {host: [] for host in s.plan.hosts}
+        need_kb = 0 if "memory" in s.skip_checks or s.rollback_of else int(s.plan.need_gb * (1 << 20))
+        while True:
+            for host, got in self.m.hosts.each(samples, lambda h: self.on(h, "awk '/^MemAvailable:/ {print $2}' /proc/meminfo", 10)).items():
+                if got.out.strip().isdigit():
+                    samples[host].append((time.monotonic(), int(got.out)))
+            short = {h: v for h, v in samples.items() if v and not (reclaimed(v, need_kb) or self.was_empty and v[-1][1] >= need_kb)}
+            if not short:
+                return
+            if time.time() >= deadline:
+                host, values = next(iter(short.items()))
+                raise Failed("memory_not_released", f"{host} has {values[-1][1] / (1 << 20):.1f} GB available after the stop, and the model needs {s.plan.need_gb:.1f} GB",
+                             "see what else holds memory there, or lower gpu-memory-utilization")
+            self.m._update(text=f"Waiting for memory: {min(v[-1][1] for v in short.values()) / (1 << 20):.1f} GB available")
+            self.pause(0.25)
+
+    def do_launching(self, s):
+        head = s.plan.hosts[0]
+        while True:
+            got = self.on(head, gate_script(s.id, s.plan.launch), max(1.0, self.left(s, "SWAP_LAUNCH_TIMEOUT")))
+            if got.reached or self.left(s, "SWAP_LAUNCH_TIMEOUT") <= 0:
+                break
+            self.log.add(f"{head}: {got.kind.replace('_', ' ')}; trying again")     # the gate makes that safe
+            self.pause(0.5)
+        since, cause = "", None
+        for line in (got.out + "\n" + got.err).splitlines():
+            if line.startswith("since "):
+                since = line[6:].strip()
+            elif line.strip():
+                self.log.add(line)
+                signal_ = classify_log_line(line)
+                if signal_.kind == "fatal" and (cause is None or signal_.rank < cause.rank):
+                    cause = signal_
+        if got.kind == "time_out":
+            raise Failed("launch_timeout", f"the launcher did not end within {self.config.settings['SWAP_LAUNCH_TIMEOUT']:g} s (SWAP_LAUNCH_TIMEOUT)", "run its command by hand and see where it hangs")
+        if not got.reached:
+            raise Failed("unreachable", f"{head}: {got.kind.replace('_', ' ')}: {got.err.strip()[-200:]}", remedy_for(got, self.config.sparks[head]))
+        if cause:                           # the launcher ends with 0 whatever docker said
+            raise Failed(cause.code, f"launch failed: {cause.text}", cause.remedy)
+        if got.kind != "ok":
+            said = next((l for l in reversed((got.out + got.err).splitlines()) if l.strip() and not l.startswith("since ")), "")
+            raise Failed("launch_failed", f"the launcher ended with exit code {got.code}: {printable(said, 300)}", "run the launch command by hand (it is in the swap's commands)")
+        self.m._enter("loading", since=since)
+
+    def do_loading(self, s):
+        """Until the engine itself answers for this model; see _watch for what ends it early."""
+        up_at, next_probe = None, 0.0
+        while True:
+            said = self._watch(s, 0.05)
+            if said == "up":
+                up_at = up_at or time.monotonic()
+            now = time.monotonic()
+            if now >= next_probe:
+                probe = probe_vllm_endpoint(self.endpoint(), 1.0)
+                if s.model in probe.served or set(probe.served) & set(s.plan.served_names):
+                    return self.m._enter("warming")
+                if probe.served:
+                    raise Failed("port_taken", f"port {s.plan.port} answers for {probe.served[0]}, which is not this model", "stop what listens there, or give the slot another port")
+                next_probe = time.monotonic() + 0.15
+            if up_at and now - up_at > self.config.settings["SWAP_ANSWER_TIMEOUT"]:
+                raise Failed("not_answering", f"the engine says it is up, and port {s.plan.port} does not answer from here ({probe.detail})",
+                             "is a firewall between, or does a knob bind the engine to another address or port?")
+            if self.left(s, "SWAP_LOAD_TIMEOUT") <= 0:
+                raise Failed("load_timeout", f"not ready after {self.config.settings['SWAP_LOAD_TIMEOUT']:g} s (SWAP_LOAD_TIMEOUT)", "see the log for what it does; a larger limit, or a faster load-format")
+
+    def _watch(self, s, timeout_s):
+        """Take what the follower saw, turn it into progress; raises Failed as soon as the engine is known to fail."""
+        if self.follower is None:
+            self.follower = Follower(self.m.hosts, s.plan.hosts[0], s.plan, s.since)
+            self.cause, self.cause_at, self.dead, self.shown, self.usual_at = None, 0.0, None, 0.0, 0.0
+        said, until = None, time.monotonic() + timeout_s
+        while True:
+            if self.cancel.is_set():
+                raise Cancelled()
+            try:
+                kind, value = self.follower.events.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                break
+            if kind == "log":
+                said = self._heard(value) or said
+            elif kind == "dead":
+                self.dead = value
+            else:
+                self.log.add(f"-- contact with {s.plan.hosts[0]} {'lost: ' + value + '; trying again' if kind == 'lost' else 'is back'}")
+            if time.monotonic() >= until + 1:               # a flood of lines must not keep us from probing
+                break
+        now = time.monotonic()
+        if self.dead is not None or self.cause and now - self.cause_at > 0.7:
+            raise self._why_dead()
+        self._tell_progress(s, now)
+        return said
+
+    def _heard(self, line):
+        self.last_line = time.monotonic()
+        self.log.add(line)
+        heard = classify_log_line(line)
+        if heard.kind == "fatal":
+            self.cause_at = self.cause_at or self.last_line
+            if self.cause is None or heard.rank < self.cause.rank:
+                self.cause = heard
+        elif heard.kind == "progress":
+            self.heard = heard
+            return "up" if heard.fraction == 0.99 else None
+        return None
+
+    heard = Signal("none")
+
+    def _tell_progress(self, s, now):
+        """Publish progress when it changed, and the time left once a second."""
+        now_s = self.m.running()
+        fraction = max(now_s.fraction, self.heard.fraction if self.heard.kind == "progress" else 0.0)
+        text_ = self.heard.text or "Starting vLLM"
+        if now - self.usual_at < 1 and (fraction, text_) == (now_s.fraction, now_s.text):
+            return
+        durations = self.m.durations(s.model, getattr(self.config.models.get(s.model), "size_gb", 0))
+        eta, usual = estimate(dataclasses.replace(now_s, fraction=fraction), durations, time.time())
+        slower = bool(usual) and time.time() - s.phase_began > 1.5 * usual and now - self.last_line > 30
+        changed = {"fraction": fraction, "text": text_, "eta_seconds": eta, "usual_seconds": usual, "slower": slower}
+        self.usual_at = now
+        if any(getattr(now_s, k) != v for k, v in changed.items()):
+            self.m._update(**changed)
+
+    def _why_dead(self):
+        if self.cause and (self.cause.code != "engine_failed" or not self.dead):
+            return Failed(self.cause.code, self.cause.text, self.cause.remedy)
+        if self.dead == "gone":
+            return Failed("container_gone", "the engine's container vanished while it was loading", "did somebody stop it, or did docker restart?")
+        if self.dead == "137":
+            return Failed("out_of_memory", "the engine was killed (exit 137), most likely because memory ran out", "lower gpu-memory-utilization, or free memory on the Spark")
+        told = f" with exit code {self.dead}" if self.dead else ""
+        return Failed("engine_died", f"the engine's process ended{told} while it was loading", "the log's last lines may say why")
+
+    def do_warming(self, s):
+        """One tiny request, so that `ready` means: answers a prompt."""
+        done, held = queue.SimpleQueue(), []
+        body = {"model": s.model, "input": "Hello"} if s.plan.pooling else {"model": s.model, "prompt": "Hello", "max_tokens": 1}
+        path = "/v1/embeddings" if s.plan.pooling else "/v1/completions"
+
+        def ask():
+            try:
+                done.put(self.endpoint().request("POST", path, body, max(1.0, self.left(s, "SWAP_LAUNCH_TIMEOUT")), held.append))
+            except Exception as e:                          # told below, by the thread that decides
+                done.put((0, type(e).__name__.encode()))
+        threading.Thread(target=ask, name="warm", daemon=True).start()
+        try:
+            while done.empty():
+                self._watch(s, 0.02)
+            status, reply = done.get()
+        finally:
+            for connection in held:
+                with contextlib.suppress(OSError, AttributeError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+        if status != 200:
+            self.log.add(f"{path} answered {status}: {reply[:300].decode('utf-8', 'replace')}")
+            raise Failed("warming_failed", f"the engine is up, and its first request failed ({path}: {f'HTTP {status}' if status else 'no answer'})",
+                         "the log's last lines may say why")
+        self.m._observe(s.slot, Probe("serving", s.plan.served_names))
+        self.m._conclude("ready", plans={s.slot: s.plan})
+
+    # --- ending badly
+
+    def clean_up(self, s):
+        """Leave no half-started engine. Returns the previous Plan if its engine turns out to serve still, else None."""
+        deadline = time.time() + self.config.settings["SWAP_STOP_TIMEOUT"]
+        if self.slot is None:
+            return None
+        if s.phase == "stopping" and s.previous and set(probe_vllm_endpoint(self.endpoint(), 1.0).served) & set(s.previous.served_names) \
+                and self.m.hosts.run(s.previous.hosts[0], f"a=$({s.previous.alive or ':'}\n) 2>/dev/null && [ \"$a\" != false ]", 10).kind == "ok":
+            return s.previous
+        if s.plan:
+            self.m.hosts.run(s.plan.hosts[0], ungate_script(s.id), 10)
+        try:
+            self.stop_engine(s.plan or s.previous, s.plan.hosts if s.plan else (), deadline, None)
+        except Failed as e:
+            self.log.add(f"-- clean-up: {e}")
+        self.m._observe(s.slot, probe_vllm_endpoint(self.endpoint(), 1.0))
+        return None
+
+
+# === 10 monitor ===============================================================
+# Who looks at Sparks and slots while no swap does, one thread each; what they saw last is all that others read.
+
+
+class Events:
+    """What happened, newest last: in memory for readers, appended to events.jsonl (1 MiB, one older file kept)."""
+
+    KEEP, ROTATE = 500, 1 << 20
+
+    def __init__(self, path, hub):
+        self._path, self._hub = path, hub
+        self._lock = threading.Lock()
+        self._list = collections.deque(maxlen=self.KEEP)    # guarded by _lock
+        for name in (path + ".1", path):
+            with contextlib.suppress(OSError), open(name, encoding="utf-8", errors="replace") as f:
+                for line in f:
+                    with contextlib.suppress(ValueError):   # a torn last line
+                        if isinstance(got := json.loads(line), dict) and "n" in got:
+                            self._list.append(got)
+        self._n = max((e["n"] for e in self._list), default=0)     # guarded by _lock
+
+    def add(self, kind, text_, **facts):
+        with self._lock:
+            self._n += 1
+            event = {"n": self._n, "at": utc(), "kind": kind, "text": printable(text_, 500), **{k: v for k, v in facts.items() if v is not None}}
+            self._list.append(event)
+            with contextlib.suppress(OSError):
+                if os.path.exists(self._path) and os.path.getsize(self._path) > self.ROTATE:
+                    os.replace(self._path, self._path + ".1")
+                with open(self._path, "a", encoding="utf-8") as f:
+                    f.write(json.dumps(event, ensure_ascii=False) + "\n")
+        log(f"event {kind}: {text_}")
+        self._hub.bump()
+
+    def since(self, n, limit=500):
+        """Newest first."""
+        with self._lock:
+            return [e for e in reversed(self._list) if e["n"] > n][:limit]
+
+
+class SlotView(NamedTuple):
+    """What a slot was last seen to do."""
+    probe: Probe
+    since: str                  # when it was first seen so
+
+
+class SparkView(NamedTuple):
+    state: str                  # ok, unreachable, unknown
+    detail: str = ""
+    remedy: str = ""
+    seen_at: str | None = None
+    memory: dict | None = None  # total_gb, available_gb
+
+
+class Monitor:
+    """The polling threads and what they saw."""
+
+    def __init__(self, store, hosts, hub, events):
+        self._store, self._hosts, self._hub, self._events = store, hosts, hub, events
+        self.manager = None                     # set once, before start()
+        self._lock = threading.Lock()
+        self._slots = {}                        # guarded by _lock; name -> SlotView
+        self._sparks = {}                       # guarded by _lock; name -> SparkView
+        self._threads = {}                      # guarded by _lock; name -> Thread
+        self._closing = threading.Event()
+
+    def start(self):
+        for name in self._store.sparks:
+            self._thread("spark-" + name, self._watch_spark, name)
+        self._watch_slots()
+        self._thread("config", self._watch_config)
+
+    def close(self):
+        self._closing.set()
+
+    def _watch_slots(self):
+        for name in self._store.current.layout.slots:
+            self._thread("slot-" + name, self._watch_slot, name)
+
+    def _thread(self, name, target, *args):
+        def run():
+            while not self._closing.is_set():
+                try:
+                    return target(*args)
+                except Exception as e:          # no thread dies silently
+                    log(f"{name}: {type(e).__name__}: {e}")
+                    self._closing.wait(5)
+        with self._lock:
+            if name in self._threads and self._threads[name].is_alive():
+                return
+            self._threads[name] = threading.Thread(target=run, name=name, daemon=True)
+            self._threads[name].start()
+
+    def slot(self, name):
+        with self._lock:
+            return self._slots.get(name, SlotView(Probe("unknown"), utc()))
+
+    def spark(self, name):
+        with self._lock:
+            return self._sparks.get(name, SparkView("unknown"))
+
+    def observe(self, name, probe, foreign=False):
+        """Record what a slot answered; foreign: seen by a poll, so that a change is none of our swaps' doing."""
+        with self._lock:
+            old = self._slots.get(name)
+            if old and (old.probe.state, old.probe.served) == (probe.state, probe.served):
+                return
+            self._slots[name] = SlotView(probe, utc())
+        if foreign and old and old.probe.state == "serving":
+            now = probe.served[0] if probe.served else "nothing"
+            self._events.add("model_changed" if probe.served else "model_lost",
+                             f"{name} served {old.probe.served[0]} and now {now}, without a swap", slot=name, model=now)
+        self._hub.bump()
+
+    def _watch_slot(self, name):
+        while not self._closing.is_set():
+            config = self._store.current
+            slot = config.layout.slots.get(name)
+            if slot is None:
+                with self._lock:
+                    self._slots.pop(name, None)
+                return
+            before = self.manager.mark(name)
+            if before[0] is None:
+                endpoint = Endpoint(self._hosts.address(slot.hosts[0]), slot.port, config.settings["VLLM_API_KEY"])
+                probe = probe_vllm_endpoint(endpoint)
+                if self.manager.mark(name) == before:       # no swap began or ended meanwhile
+                    self.observe(name, probe, foreign=True)
+            self._closing.wait(config.settings["POLL_SECONDS"])
+
+    def _watch_spark(self, name):
+        failures, poll = 0, self._store.settings["POLL_SECONDS"]
+        while not self._closing.is_set():
+            got = self._hosts.run(name, "awk '/^Mem(Total|Available):/ {print $1, $2}' /proc/meminfo 2>/dev/null; exit 0", 15)
+            if got.kind == "ok":
+                facts, failures = parse_facts(got.out), 0
+                with contextlib.suppress(IndexError, ValueError):
+                    total, available = (round(int(facts[k][0].split()[0]) / (1 << 20), 1) for k in ("MemTotal", "MemAvailable"))
+                    view = SparkView("ok", "", "", utc(), {"total_gb": total, "available_gb": available})
+                if not facts["MemTotal"]:
+                    view = SparkView("ok", "answers; memory unknown", "", utc())
+            else:
+                failures += 1
+                last = got.err.strip().splitlines()[-1:] or [""]
+                view = SparkView("unreachable", f"{got.kind.replace('_', ' ')}: {printable(last[0], 200)}",
+                                 remedy_for(got, self._store.sparks[name]), self.spark(name).seen_at)
+            with self._lock:
+                old = self._sparks.get(name)
+                self._sparks[name] = view
+            if old is None or old._replace(seen_at=None) != view._replace(seen_at=None):
+                self._hub.bump()
+            if old and old.state != view.state:
+                self._events.add("spark_" + view.state, f"{name} is {view.state}" + (f": {view.detail}" if view.detail else ""), spark=name)
+            # a dead Spark is asked less and less often; the jitter keeps several from asking together
+            self._closing.wait(poll if not failures else min(60, poll * 2 ** failures) * (0.8 + 0.4 * secrets.randbelow(100) / 100))
+
+    def _watch_config(self):
+        while not self._closing.wait(1):
+            if self._store.refresh():
+                self._events.add("config_changed", f"files were read again: {len(self._store.current.models)} models, {len(self._store.current.problems)} problems")
+                self._watch_slots()
+
+
+# === 11 data path =============================================================
+# /v1: which slot serves a request, holding while it swaps, and a relay of bytes as they come, on raw sockets.
+# Bodies and replies pass unchanged; only hop-by-hop fields and keys are taken out.
+
+PROXIED = frozenset(("/v1/chat/completions", "/v1/completions"))
+HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
+                        "te", "trailer", "transfer-encoding", "upgrade"))
+CONNECT_S, FIRST_BYTE_S = 3.0, 600.0
+
+
+def route_model(name, config, views, running):
+    """Which slot a request for name goes to -> Slot. Pure. Raises Refused 404, or 503 for a model that is not served.
+
+    views: {slot: ids it answers to}; running: the swap that holds its slot, or None.
+    """
+    slots = config.layout.slots
+    if not slots:
+        raise Refused(503, "no_slots", "no Spark is configured; set SPARK1_HOST")
+    if name is None:
+        return slots.get("main") or next(iter(slots.values()))
+    wait = {"Retry-After": str(math.ceil(running.eta_seconds or 30))} if running else {}
+    if running and running.slot in slots:
+        target = running.plan.served_names if running.plan else ()
+        if name in target:
+            return slots[running.slot]
+        leaving = running.previous.served_names if running.previous else ()
+        if name in leaving:
+            raise Refused(503, "model_leaving", f"{name} is being replaced by {running.model or 'nothing'}", wait)
+    for slot, served in views.items():
+        if name in served and slot in slots:
+            return slots[slot]
+    if config.find(name):
+        raise Refused(503, "model_not_serving", f"{name} is in the catalog and not served now", wait or {"Retry-After": "30"},
+                      serving=sorted({ids[0] for ids in views.values() if ids}))
+    raise Refused(404, "model_not_found", f"the model {printable(name, 200)} does not exist",
+                  available=sorted({i for ids in views.values() for i in ids}), nearest=nearest(name, config.models))
+
+
+def forwarded_head(method, target, headers, endpoint, length):
+    """The head for the engine. headers: [(name, value)] of the client. Its keys are ours to check, not to pass on."""
+    named = {n.strip().lower() for k, v in headers if k.lower() == "connection" for n in v.split(",")}
+    drop = HOP_BY_HOP | named | {"host", "authorization", "x-api-key", "content-length", "expect", "cookie"}
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {endpoint.url[7:]}", "Connection: close"]
+    lines += [f"{k}: {v}" for k, v in headers if k.lower() not in drop]
+    lines += [f"Authorization: Bearer {endpoint.key}"] if endpoint.key else []
+    lines += [f"Content-Length: {length}"] if length is not None else []
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def parse_reply_head(head):
+    """b'HTTP/1.1 200 OK...' without the blank line -> (status, reason, [(name, value)]). Raises ValueError."""
+    first, *rest = head.decode("latin-1").split("\r\n")
+    m = re.fullmatch(r"HTTP/1\.[01] (\d{3})(?: (.*))?", first)
+    if not m:
+        raise ValueError("not an HTTP reply")
+    return int(m[1]), m[2] or "", [(k.strip(), v.strip()) for k, _, v in (line.partition(":") for line in rest)]
+
+
+class ClientGone(Exception):
+    """The client hung up; the upstream request ends with it."""
+
+
+def recv_watching(upstream, client, timeout_s):
+    """Bytes from upstream, b"" at its end. Raises ClientGone as soon as the client hangs up, TimeoutError."""
+    deadline = time.monotonic() + timeout_s
+    poll = select.poll()
+    poll.register(upstream, select.POLLIN)
+    poll.register(client, select.POLLIN | select.POLLRDHUP)
+    watched = {upstream.fileno(), client.fileno()}
+    while True:
+        left = deadline - time.monotonic()
+        events = poll.poll(max(0, left * 1000)) if left > 0 else []
+        if not events:
+            raise TimeoutError()
+        for fd, event in events:
+            if fd == upstream.fileno():
+                return upstream.recv(65536)
+            if event & (select.POLLRDHUP | select.POLLHUP | select.POLLERR):
+                raise ClientGone()
+            if fd in watched:                   # the next request, sent early: it waits its turn
+                watched.discard(fd)
+                poll.modify(client, select.POLLRDHUP)
+
+
+def relay(client, endpoint, head, body, extra):
+    """Send one request to the engine and its reply to the client as it comes -> (status, bytes, keep the client?).
+
+    extra: header lines of ours. Raises Refused 502/504 while nothing was sent to the client; ClientGone.
+    """
+    try:
+        upstream = socket.create_connection((endpoint.host, endpoint.port), CONNECT_S)
+    except OSError:
+        raise Refused(502, "engine_unreachable", "the engine does not answer") from None
+    with upstream:
+        upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            upstream.settimeout(60)
+            upstream.sendall(head + body)
+            got = b""
+            while b"\r\n\r\n" not in got:
+                chunk = recv_watching(upstream, client, FIRST_BYTE_S)
+                if not chunk or len(got) > 65536:
+                    raise ValueError("no reply")
+                got += chunk
+                if got.startswith(b"HTTP/1.1 100") and b"\r\n\r\n" in got:
+                    got = got.partition(b"\r\n\r\n")[2]
+            reply_head, _, rest = got.partition(b"\r\n\r\n")
+            status, reason, headers = parse_reply_head(reply_head)
+        except TimeoutError:
+            raise Refused(504, "engine_timeout", "the engine did not begin to answer in time") from None
+        except (OSError, ValueError):
+            raise Refused(502, "engine_failed", "the engine ended the request without an answer") from None
+        length = next((int(v) for k, v in headers if k.lower() == "content-length" and v.isdigit()), None)
+        chunked = any(k.lower() == "transfer-encoding" and "chunked" in v.lower() for k, v in headers)
+        if status >= 400:
+            rest = _error_body(upstream, client, rest, length)
+            headers, length, chunked = [("Content-Type", "application/json")], len(rest), False
+        framed = chunked or length is not None or status in (204, 304)
+        lines = [f"HTTP/1.1 {status} {reason}", *(f"{k}: {v}" for k, v in headers if k.lower() not in HOP_BY_HOP | {"content-length"} and k), *extra]
+        lines += ["Transfer-Encoding: chunked"] if chunked else [f"Content-Length: {length}"] if length is not None else []
+        lines += [] if framed else ["Connection: close"]
+        sent, tail = 0, b""
+        try:
+            data = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + rest
+            sent, tail = len(rest), rest[-7:]
+            client.sendall(data)
+            while not (chunked and tail.endswith(b"\r\n0\r\n\r\n") or length is not None and sent >= length or status in (204, 304)):
+                chunk = recv_watching(upstream, client, FIRST_BYTE_S)
+                if not chunk:
+                    break
+                client.sendall(chunk)
+                sent, tail = sent + len(chunk), (tail + chunk)[-7:]
+        except OSError:
+            raise ClientGone() from None        # TimeoutError too: an engine silent for so long, or a client that does not read
+        whole = chunked and tail.endswith(b"0\r\n\r\n") or length is not None and sent >= length or status in (204, 304)
+        return status, sent, bool(whole)        # a reply cut short is passed on cut short: the client's framing shows it
+
+
+def _error_body(upstream, client, rest, length):
+    """An engine's error reply, passed on if it is OpenAI-shaped JSON, else one of ours."""
+    with contextlib.suppress(OSError, TimeoutError):
+        while len(rest) < min(1 << 20, length if length is not None else 1 << 20):
+            chunk = recv_watching(upstream, client, 5)
+            if not chunk:
+                break
+            rest += chunk
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        if isinstance(json.loads(rest)["error"], dict):
+            return rest
+    return json.dumps(Refused(502, "engine_error", "the engine answered with an error").body()).encode()
+
+
+# === 12 http ==================================================================
+# The table of routes is the API: method, path, handler, query and body fields with their parsers. Every request is
+# read under limits, then guarded (Host, Origin, key), then dispatched. Handlers return (status, object[, headers])
+# and never see the socket, except the two that stream.
+
+HEAD_MAX, FIELDS_MAX, CONNECTIONS_MAX = 32 << 10, 100, 512
+HEAD_S, BODY_S, IDLE_S, SEND_S = 10.0, 60.0, 75.0, 60.0
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]{{1,8000}}) HTTP/1\.([01])".encode())
+FIELD = re.compile(rf"({TOKEN}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*".encode())
+
+
+class Request:
+    """One parsed request."""
+
+    def __init__(self, method, target, minor, fields):
+        self.method, self.target, self.minor, self.fields = method, target, minor, fields   # fields: [(name, value)]
+        parts = urllib.parse.urlsplit(target)
+        self.path, self.raw_query = parts.path, parts.query
+        self.headers = {}
+        for k, v in fields:
+            self.headers.setdefault(k.lower(), v)
+        self.id = secrets.token_hex(8)
+        self.client, self.body, self.query, self.args, self.json = "", b"", {}, {}, {}
+
+    @property
+    def close(self):
+        asked = self.headers.get("connection", "").lower()
+        return "close" in asked or self.minor == 0 and "keep-alive" not in asked
+
+
+def parse_head(head):
+    """Bytes up to the blank line -> (Request, body length, -1 for chunked). Raises Refused 400.
+
+    Stricter than needed where laxness lets two servers disagree about where a request ends: no bare CR or LF, no
+    folded lines, no second Content-Length, no Content-Length beside Transfer-Encoding.
+    """
+    lines = head.split(b"\r\n")
+    m = REQUEST_LINE.fullmatch(lines[0])
+    if not m or not m[2].startswith(b"/") or b"\n" in head.replace(b"\r\n", b"") or b"\r" in head.replace(b"\r\n", b""):
+        raise Refused(400, "bad_request", "malformed request line or header")
+    if len(lines) > FIELDS_MAX:
+        raise Refused(431, "too_many_headers", f"more than {FIELDS_MAX} header fields")
+    fields, count = [], collections.Counter()
+    for line in lines[1:]:
+        f = FIELD.fullmatch(line)
+        if not f:
+            raise Refused(400, "bad_request", "malformed header field")
+        fields.append((f[1].decode(), f[2].decode("latin-1")))
+        count[f[1].lower()] += 1
+    request = Request(m[1].decode(), m[2].decode(), int(m[3]), fields)
+    length, coding = request.headers.get("content-length"), request.headers.get("transfer-encoding")
+    if count[b"content-length"] > 1 or count[b"transfer-encoding"] > 1 or count[b"host"] > 1 or length is not None and coding is not None:
+        raise Refused(400, "bad_request", "the framing or Host of the request is ambiguous")
+    if coding is not None and (coding.lower() != "chunked" or request.minor == 0) or length is not None and not re.fullmatch(r"\d{1,15}", length, re.ASCII):
+        raise Refused(400, "bad_request", "bad Transfer-Encoding or Content-Length")
+    return request, -1 if coding else int(length or 0)
+
+
+def host_allowed(host, allowed):
+    """Whether a Host header names us: an IP literal, localhost, this machine, *.local, or a configured name.
+
+    Against DNS rebinding: a hostile page's own name may resolve to us, but it is none of these.
+    """
+    name = re.sub(r":\d+$", "", host.strip().lower())
+    if name.startswith("["):
+        name = name[1:].partition("]")[0]
+    try:
+        ipaddress.ip_address(name)
+        return True
+    except ValueError:
+        pass
+    own = socket.gethostname().lower()
+    return name in ("localhost", own, own.partition(".")[0], *(a.lower() for a in allowed)) or bool(re.fullmatch(r"[a-z0-9-]+\.local", name))
+
+
+def guard(request, settings, is_open):
+    """Who may speak: raises Refused 421, 403 or 401. is_open: needs no key."""
+    if not host_allowed(request.headers.get("host", "localhost" if request.minor == 0 else ""), settings["SPARKCTL_ALLOWED_HOSTS"]):
+        raise Refused(421, "host_refused", "this Host name is not ours; add it to SPARKCTL_ALLOWED_HOSTS")
+    if request.method not in ("GET", "HEAD", "OPTIONS"):
+        site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+        same = origin is not None and urllib.parse.urlsplit(origin).netloc.lower() == request.headers.get("host", "").lower()
+        if site not in (None, "same-origin", "none") or origin is not None and not same:
+            raise Refused(403, "origin_refused", "a page of another origin may not do this")
+    key = settings["SPARKCTL_API_KEY"]
+    if key and not is_open:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        given = given.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+        if not hmac.compare_digest(given.encode("latin-1", "replace"), key.encode()):
+            raise Refused(401, "key_refused" if given else "key_missing", "send the API key as `Authorization: Bearer KEY`",
+                          {"WWW-Authenticate": "Bearer"})
+
+
+def parse_json(body):
+    """Bytes -> a JSON object. Raises Refused 400 that says what is wrong."""
+    def no_duplicates(pairs):
+        got = {}
+        for k, v in pairs:
+            if k in got:
+                raise ValueError(f"the key {k!r} is given twice")
+            got[k] = v
+        return got
+
+    def constant(name):
+        raise ValueError(f"{name} is not JSON")
+    try:
+        got = json.loads(body.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=constant) if body.strip() else {}
+    except UnicodeDecodeError:
+        raise Refused(400, "bad_json", "the body is not UTF-8") from None
+    except RecursionError:
+        raise Refused(400, "bad_json", "the body is nested too deeply") from None
+    except ValueError as e:
+        raise Refused(400, "bad_json", f"the body is not JSON: {printable(str(e), 200)}") from None
+    if not isinstance(got, dict):
+        raise Refused(400, "bad_json", "the body must be a JSON object")
+    return got
+
+
+def checked(given, fields, where):
+    """given through its parsers. Raises Refused 422 that names the field, and the nearest known one."""
+    got = {}
+    for name, value in given.items():
+        if name not in fields:
+            hint = nearest(name, fields)
+            raise Refused(422, "unknown_field", f"{where} has no field {printable(str(name), 80)}" + (f"; did you mean {hint}?" if hint else ""),
+                          field=str(name)[:80], known=sorted(fields))
+        if value is None:
+            continue
+        try:
+            got[name] = fields[name](value)
+        except (ValueError, TypeError) as e:
+            raise Refused(422, "bad_field", f"{name} {e}", field=name) from None
+    return got
+
+
+def line_of(most):
+    def parse(value):
+        if not isinstance(value, str) or not 0 < len(value) <= most or any(ord(c) < 32 for c in value):
+            raise ValueError(f"must be text of 1 to {most} characters on one line")
+        return value
+    return parse
+
+
+def seconds_up_to(most):
+    def parse(value):
+        try:
+            got = float(value)
+        except ValueError:
+            got = -1
+        if not 0 <= got <= most:
+            raise ValueError(f"must be seconds from 0 to {most}")
+        return got
+    return parse
+
+
+def whole(value):
+    if not re.fullmatch(r"\d{1,15}", str(value), re.ASCII):
+        raise ValueError("must be a whole number")
+    return int(value)
+
+
+CHECK_NAMES = ("launcher", "docker", "port", "weights", "memory", "neighbours")     # `reachable` and `command` cannot be skipped
+
+
+def check_names(value):
+    for name in expect("list", value):
+        if name not in CHECK_NAMES:
+            raise ValueError(f"must be a list of {', '.join(CHECK_NAMES)}")
+    return tuple(value)
+
+
+boolean = lambda value: expect("bool", value)
+
+
+class Stream:
+    """A reply that a handler writes itself: run(send) until it returns; send(bytes) raises OSError when the client left."""
+
+    def __init__(self, run, content_type="text/event-stream"):
+        self.run, self.content_type = run, content_type
+
+
+class App:
+    """What the handlers work on. Fixed after construction; each part keeps its own locks."""
+
+    def __init__(self, store, data_dir, demo=False):
+        self.store, self.demo, self.warnings = store, demo, []
+        self.hub, self.gate = Hub(), Gate()
+        self.events = Events(os.path.join(data_dir, "events.jsonl"), self.hub)
+        self.hosts = Hosts(store.sparks.values())
+        self.monitor = Monitor(store, self.hosts, self.hub, self.events)
+        self.swaps = SwapManager(data_dir, lambda: store.current, self.hosts, self.hub, self.gate, self.events.add,
+                                 self.warnings.append, self.monitor.observe)
+        self.monitor.manager = self.swaps
+        self.closing = threading.Event()
+
+    def start(self):
+        self.swaps.begin()
+        self.monitor.start()
+
+    def close(self):
+        self.closing.set()
+        self.hub.bump()                         # parked long-polls answer now
+        self.monitor.close()
+        self.swaps.close()
+        self.hosts.close()
+
+    # --- what is shown
+
+    def views(self):
+        return {name: self.monitor.slot(name).probe.served for name in self.store.current.layout.slots}
+
+    def slots(self, config):
+        running = self.swaps.running()
+        for slot in config.layout.slots.values():
+            view = self.monitor.slot(slot.name)
+            served = view.probe.served[0] if view.probe.served else None
+            model = config.find(served) if served else None
+            state = {"serving": "serving", "silent": "empty", "loading": "wedged"}.get(view.probe.state, "unknown")
+            if self.monitor.spark(slot.hosts[0]).state == "unreachable" and state == "empty":
+                state = "unknown"
+            if running and running.slot == slot.name and running.phase not in ("queued", "checking"):
+                state = "swapping"
+            yield {"name": slot.name, "state": state, "model": model.key if model else None, "served_id": served, "since": view.since,
+                   "url": Endpoint(self.hosts.address(slot.hosts[0]), slot.port).url, "hosts": list(slot.hosts), "port": slot.port,
+                   "backend": slot.backend, "detail": view.probe.detail, "in_flight": self.gate.counts(slot.name)[0], "held": self.gate.counts(slot.name)[1]}
+
+    def models(self, config):
+        on = {s["model"]: s["name"] for s in self.slots(config) if s["model"]}
+        return [{**m.public(), "serving_on": on.get(m.key)} for m in config.models.values()]
+
+    def state(self):
+        config, version = self.store.current, self.hub.version()
+        running, recent = self.swaps.running(), self.swaps.recent()
+        hidden = set(config.settings["DISABLED_SERVICES"])
+        sparks = []
+        for spark in config.sparks.values():
+            view = self.monitor.spark(spark.name)
+            sparks.append({"name": spark.name, "host": spark.host, **view._asdict()})
+        return {"version": version, "now": utc(), "demo": self.demo,
+                "warnings": [*config.settings.warnings, *map(str, config.problems), *self.warnings],
+                "sparks": sparks, "slots": list(self.slots(config)), "models": self.models(config),
+                "services": [{"name": s.name, "kind": s.kind, "label": s.label, "state": "unknown", "host": s.host, "port": s.port}
+                             for s in config.layout.services.values() if s.configured and s.name not in hidden],
+                "swap": running.public() if running else None, "last": next((s.public() for s in recent if not s.dry_run), None),
+                "lock": {"locked": False}, "schedules": [], "jobs": [], "events": self.events.since(0, 50), "settings": config.settings.public()}
+
+    def poll(self, predicate, wait_s):
+        """Park until predicate() or wait_s is over or we stop."""
+        return self.hub.wait_for(lambda: predicate() or self.closing.is_set(), wait_s)
+
+
+# --- handlers
+
+def get_page(app, r):
+    """The page, whose one script and one style are allowed by their hashes."""
+    with open(os.path.join(HERE, "index.html"), "rb") as f:
+        page = f.read()
+    hashes = {tag: " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(body).digest()).decode()}'" for body in
+                            re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.S)) or "'none'" for tag in ("script", "style")}
+    return 200, page, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
+                       f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
+                       "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
+
+
+def get_healthz(app, r):
+    return 200, {"status": "ok", "version": VERSION}
+
+
+def get_state(app, r):
+    if "since" in r.query:
+        app.poll(lambda: app.hub.version() != r.query["since"], r.query.get("wait", 0))
+    return 200, app.state()
+
+
+def get_models(app, r):
+    return 200, {"models": app.models(app.store.current)}
+
+
+def known_model(config, key):
+    if key in config.models:
+        return config.models[key]
+    hint = nearest(key, config.models)
+    raise Refused(404, "unknown_model", f"no model {printable(key, 80)} in the catalog" + (f"; did you mean {hint}?" if hint else ""), nearest=hint)
+
+
+def get_model(app, r):
+    known_model(app.store.current, r.args["key"])
+    return 200, next(m for m in app.models(app.store.current) if m["key"] == r.args["key"])
+
+
+def pick_slot(config, name):
+    slots = config.layout.slots
+    if not slots:
+        raise Refused(409, "no_slots", "no Spark is configured; set SPARK1_HOST (or try --demo)")
+    if name is None:
+        return slots.get("main") or next(iter(slots.values()))
+    if name not in slots:
+        raise Refused(404, "unknown_slot", f"no slot {printable(name, 80)}", nearest=nearest(name, slots), known=list(slots))
+    return slots[name]
+
+
+SWAP_STATUS = {"ready": 200, "planned": 200, "failed": 502, "cancelled": 409}
+
+
+def swap_reply(app, swap, wait_s):
+    """202 at once, or the end of the swap for whoever waits: 200, 502, 409, or 504 while it still runs."""
+    location = {"Location": f"/api/swap/{swap.id}"}
+    if wait_s is None:
+        return 202, swap.public(), location
+    app.poll(lambda: app.swaps.get(swap.id).phase in TERMINAL, wait_s)
+    swap = app.swaps.get(swap.id)
+    status = SWAP_STATUS.get(swap.phase, 504)
+    if swap.phase == "planned" and swap.error:
+        status = 409
+    return status, {**swap.public(), **({"still_running": True} if status == 504 else {})}, location
+
+
+def post_swap(app, r):
+    config, body, wait_s = app.store.current, dict(r.json), r.query.get("wait")
+    key = body.pop("model", None)
+    if key is None:
+        raise Refused(422, "bad_field", "model is needed: a key of the catalog", field="model")
+    model, slot = known_model(config, key), pick_slot(config, body.pop("slot", None))
+    if model.mode == "cluster" and len(slot.hosts) < 2:
+        raise Refused(409, "needs_cluster", f"{key} is a cluster model, and slot {slot.name} has one Spark", slot=slot.name)
+    body.setdefault("rollback", config.settings["SWAP_ROLLBACK"])
+    if not body.get("restart") and not body.get("dry_run") and not app.swaps.running():
+        endpoint = Endpoint(app.hosts.address(slot.hosts[0]), slot.port, config.settings["VLLM_API_KEY"])
+        probe = probe_vllm_endpoint(endpoint)
+        if probe.state == "serving" and key in probe.served:
+            if wait_s is not None:
+                last = next((s.public() for s in app.swaps.recent() if s.phase == "ready" and s.model == key and s.slot == slot.name), {})
+                return 200, {**last, "model": key, "slot": slot.name, "phase": "ready", "already_serving": True}
+            raise Refused(409, "already_serving", f"{slot.name} serves {key} already; send restart: true to load it again", model=key, slot=slot.name)
+    return swap_reply(app, app.swaps.start(slot.name, key, client=r.client, **body), wait_s)
+
+
+def post_unload(app, r):
+    slot = pick_slot(app.store.current, r.json.get("slot"))
+    return swap_reply(app, app.swaps.start(slot.name, None, client=r.client, note=r.json.get("note", "")), r.query.get("wait"))
+
+
+def get_swaps(app, r):
+    running = app.swaps.running()
+    return 200, {"running": running.public() if running else None, "recent": [s.public() for s in app.swaps.recent()]}
+
+
+def get_swap(app, r):
+    swap, wait_s = app.swaps.get(r.args["id"]), r.query.get("wait", 0)
+    since = r.query.get("since")
+    over = lambda s: s.phase in TERMINAL or since is not None and s.seq > since
+    if not over(swap):
+        app.poll(lambda: over(app.swaps.get(swap.id)), wait_s)
+    return 200, app.swaps.get(swap.id).public()
+
+
+def delete_swap(app, r):
+    return 202, app.swaps.cancel(r.args["id"], r.client).public()
+
+
+def stream_swap(app, r):
+    """Server-sent events. An id is `log lines.phases.seq` seen so far, so that Last-Event-ID resumes exactly there."""
+    swap = app.swaps.get(r.args["id"])
+    last = re.fullmatch(r"(\d{1,9})\.(\d{1,4})\.(\d{1,9})(\.end)?", r.headers.get("last-event-id", ""), re.ASCII)
+    seen = [int(last[i]) for i in (1, 2, 3)] if last else [0, 0, 0]
+    if last and last[4] and swap.phase in TERMINAL:
+        return 204, b"", {}                     # tells an EventSource not to come back
+
+    def run(send):
+        swap_log, n = app.swaps.log_of(swap.id), list(seen)
+
+        def event(name, data, mark=""):
+            send(f"event: {name}\nid: {n[0]}.{n[1]}.{n[2]}{mark}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode())
+        send(b"retry: 1000\n\n")
+        while True:
+            s = app.swaps.get(swap.id)          # before the lines: at the end none is missed
+            for number_, at, said in swap_log.after(n[0]):
+                n[0] = number_
+                event("log", {"n": number_, "at": at, "text": said})
+            for phase, at, _ in s.phases[n[1]:]:
+                n[1] += 1
+                event("phase", {"phase": phase, "started_at": at, "seq": s.seq})
+            if s.seq > n[2]:
+                n[2] = s.seq
+                event("progress", {**s.public()["progress"], "eta_seconds": s.eta_seconds, "slower": s.slower, "phase": s.phase, "seq": s.seq})
+            if swap_log.after(n[0], 1):
+                continue
+            if s.phase in TERMINAL:
+                return event("end", s.public(), ".end")
+            moved = lambda: app.swaps.get(swap.id).seq > n[2] or bool(swap_log.after(n[0], 1))
+            for _ in range(60):                 # log lines alone do not wake the hub
+                if app.hub.wait_for(lambda: moved() or app.closing.is_set(), 0.25):
+                    break
+            else:
+                send(b": keep-alive\n\n")
+            if app.closing.is_set():
+                return
+    return 200, Stream(run), {}
+
+
+def get_events(app, r):
+    return 200, {"events": app.events.since(r.query.get("since", 0))}
+
+
+def get_settings(app, r):
+    return 200, {"settings": app.store.current.settings.public(), "warnings": list(app.store.current.settings.warnings)}
+
+
+def get_v1_models(app, r):
+    cards = []
+    for slot, served in app.views().items():
+        for name in served:
+            model = app.store.current.find(name)
+            cards.append({"id": name, "object": "model", "created": 0, "owned_by": "sparkctl", "slot": slot, "root": model.source if model else name})
+    return 200, {"object": "list", "data": cards}
+
+
+class Route(NamedTuple):
+    method: str
+    path: str
+    handler: Callable
+    query: dict = {}
+    body: dict | None = None    # None: a body is not read as JSON
+    open: bool = False          # needs no API key
+
+    def match(self, path):
+        pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(self.path))
+        return re.fullmatch(pattern, path)
+
+
+WAIT = {"wait": seconds_up_to(86400)}
+SWAP_BODY = {"model": line_of(200), "slot": line_of(64), "dry_run": boolean, "rollback": boolean, "restart": boolean,
+             "skip_checks": check_names, "note": line_of(500)}
+ROUTES = (
+    Route("GET",    "/",                     get_page, open=True),
+    Route("GET",    "/healthz",              get_healthz, open=True),
+    Route("GET",    "/api/state",            get_state, {"since": line_of(80), "wait": seconds_up_to(55)}),
+    Route("GET",    "/api/models",           get_models),
+    Route("GET",    "/api/models/{key}",     get_model),
+    Route("GET",    "/api/swap",             get_swaps),
+    Route("POST",   "/api/swap",             post_swap, WAIT, SWAP_BODY),
+    Route("GET",    "/api/swap/{id}",        get_swap, {**WAIT, "since": whole}),
+    Route("DELETE", "/api/swap/{id}",        delete_swap),
+    Route("GET",    "/api/swap/{id}/stream", stream_swap),
+    Route("POST",   "/api/unload",           post_unload, WAIT, {"slot": line_of(64), "note": line_of(500)}),
+    Route("GET",    "/api/events",           get_events, {"since": whole}),
+    Route("GET",    "/api/settings",         get_settings),
+    Route("GET",    "/v1/models",            get_v1_models),
+)
+
+
+def find_route(method, path):
+    """(Route, path fields). HEAD is GET without the body. Raises Refused 404 with the nearest path, 405 with Allow."""
+    rows = [(route, m) for route in ROUTES if (m := route.match(path))]
+    for route, m in rows:
+        if route.method == ("GET" if method == "HEAD" else method):
+            return route, {k: urllib.parse.unquote(v) for k, v in m.groupdict().items()}
+    if rows or path in PROXIED:
+        allow = ", ".join(sorted({route.method for route, _ in rows} | ({"POST"} if path in PROXIED else set()) |
+                                 ({"HEAD"} if any(route.method == "GET" for route, _ in rows) else set())))
+        raise Refused(405, "method_not_allowed", f"use {allow}", {"Allow": allow})
+    hint = nearest(path, [*(route.path for route in ROUTES), *PROXIED])
+    raise Refused(404, "not_found", f"no such path: {printable(path, 200)}" + (f"; did you mean {hint}?" if hint else ""), nearest=hint)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection: requests one after the other, read under limits, answered in one write."""
+
+    disable_nagle_algorithm = True              # else every reply waits 40 ms for the client's delayed ACK
+
+    def handle(self):
+        self.buffer, self.close_connection = b"", False
+        with contextlib.suppress(OSError, ClientGone):
+            while not self.close_connection:
+                self.one_request()
+
+    def one_request(self):
+        started, request, status, size, busy = time.monotonic(), None, 0, 0, False
+        try:
+            head = self.read_head()
+            if head is None:
+                self.close_connection = True
+                return
+            started = time.monotonic()
+            self.server.count(+1)
+            busy = True
+            request, length = parse_head(head)
+            self.close_connection = request.close
+            request.client = self.client_address[0]
+            status, size = self.answer(request, length)
+        except Refused as e:
+            if e.status in (400, 413, 431, 408):
+                self.close_connection = True    # what follows on this connection cannot be trusted to be a request
+            status, size = self.reply(request, e.status, e.body(), e.headers)
+        except (ClientGone, OSError):
+            self.close_connection = True
+            status = 499                        # nginx's word for: the client closed the connection
+        except Exception as e:
+            log(f"{request.method if request else '?'} {request.path if request else '?'}: {type(e).__name__}: {e}\n{traceback.format_exc()}")
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                status, size = self.reply(request, 500, Refused(500, "internal", "an internal error; sparkctl's own log has it").body())
+        finally:
+            if request or status:
+                log(f"{self.client_address[0]} {request.method if request else '-'} {request.path if request else '-'} {status} {size} B "
+                    f"{(time.monotonic() - started) * 1000:.1f} ms {request.id if request else '-'}")
+            if busy:
+                self.server.count(-1)
+
+    # --- reading
+
+    def receive(self, deadline):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError()
+        self.connection.settimeout(left)
+        return self.connection.recv(65536)
+
+    def read_head(self):
+        """Bytes of the next head, or None when the client is done. Raises Refused 408, 431; a slow sender has HEAD_S."""
+        deadline, start = time.monotonic() + IDLE_S, not self.buffer
+        while True:
+            self.buffer = self.buffer.lstrip(b"\r\n") if start else self.buffer
+            end = self.buffer.find(b"\r\n\r\n")
+            if end >= 0:
+                head, self.buffer = self.buffer[:end], self.buffer[end + 4:]
+                return head
+            if len(self.buffer) > HEAD_MAX:
+                raise Refused(431, "header_too_large", f"the header is larger than {HEAD_MAX} bytes")
+            if self.buffer and start:
+                deadline, start = time.monotonic() + HEAD_S, False
+            try:
+                chunk = self.receive(deadline)
+            except TimeoutError:
+                if not self.buffer:
+                    return None
+                raise Refused(408, "too_slow", f"the header was not complete within {HEAD_S:g} s") from None
+            if not chunk:
+                return None
+            self.buffer += chunk
+
+    def read_body(self, request, length, most):
+        """The whole body, at most `most` bytes. Raises Refused 413, 408, 400."""
+        if length > most:
+            raise Refused(413, "body_too_large", f"the body is larger than {most >> 20} MiB (MAX_BODY_MB)")
+        if request.headers.get("expect", "").lower() == "100-continue" and length and not self.buffer:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        deadline = time.monotonic() + BODY_S
+
+        def more(count):
+            parts, have = [self.buffer], len(self.buffer)
+            while have < count:
+                try:
+                    chunk = self.receive(deadline)
+                except TimeoutError:
+                    raise Refused(408, "too_slow", f"the body was not complete within {BODY_S:g} s") from None
+                if not chunk:
+                    raise ClientGone()
+                parts.append(chunk)
+                have += len(chunk)
+            whole_ = b"".join(parts)
+            self.buffer = whole_[count:]
+            return whole_[:count]
+        if length >= 0:
+            return more(length)
+        body = []
+        while True:                             # chunked: size in hex, data, CR LF; a zero size ends it
+            line = b""
+            while not line.endswith(b"\r\n"):
+                line += more(1)
+                if len(line) > 18:
+                    raise Refused(400, "bad_request", "malformed chunk")
+            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}\r\n", line):
+                raise Refused(400, "bad_request", "malformed chunk size")
+            size = int(line, 16)
+            if sum(map(len, body)) + size > most:
+                raise Refused(413, "body_too_large", f"the body is larger than {most >> 20} MiB (MAX_BODY_MB)")
+            data = more(size + 2)
+            if data[size:] != b"\r\n":
+                raise Refused(400, "bad_request", "malformed chunk")    # trailers are refused with it
+            if not size:
+                return b"".join(body)
+            body.append(data[:size])
+
+    # --- answering
+
+    def answer(self, request, length):
+        app, settings = self.server.app, self.server.app.store.settings
+        proxied = request.path in PROXIED and request.method == "POST"
+        try:
+            route, request.args = (None, {}) if proxied else find_route(request.method, request.path)
+            guard(request, settings, bool(route and route.open))
+        except Refused as e:
+            guard(request, settings, False) if e.status in (404, 405) else None     # a stranger learns no paths
+            self.close_connection |= bool(length)
+            raise
+        request.body = self.read_body(request, length, settings["MAX_BODY_MB"] << 20 if isinstance(settings["MAX_BODY_MB"], int) else int(settings["MAX_BODY_MB"] * (1 << 20)))
+        if proxied:
+            return self.proxy(app, request)
+        pairs = urllib.parse.parse_qsl(request.raw_query, keep_blank_values=True, max_num_fields=50)
+        request.query = checked(dict(pairs), route.query, "the query")
+        if route.body is not None:
+            request.json = checked(parse_json(request.body), route.body, "the body")
+        status, content, *headers = route.handler(app, request)
+        return self.reply(request, status, content, headers[0] if headers else {})
+
+    def reply(self, request, status, content, headers=()):
+        """Send one reply -> (status, bytes of body)."""
+        headers = dict(headers)
+        self.connection.settimeout(SEND_S)
+        common = [f"X-Request-Id: {request.id if request else secrets.token_hex(8)}", f"Date: {formatdate(usegmt=True)}",
+                  "X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer", "Cache-Control: no-store"]
+        streams = isinstance(content, Stream)
+        if streams:
+            headers["Content-Type"], self.close_connection = content.content_type, True
+        body = b"" if streams else content if isinstance(content, bytes) else json.dumps(content, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        headers.setdefault("Content-Type", "application/json")
+        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Refused')}", *(f"{k}: {v}" for k, v in headers.items()), *common]
+        lines += [f"Content-Length: {len(body)}"] if not streams and status != 204 else []
+        lines += ["Connection: close"] if self.close_connection else []
+        head_only = request is not None and request.method == "HEAD"
+        self.connection.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace") + (b"" if head_only else body))
+        if not streams or head_only:
+            return status, len(body)
+        sent = [0]
+
+        def send(data):
+            self.connection.sendall(data)
+            sent[0] += len(data)
+        content.run(send)
+        return status, sent[0]
+
+    def proxy(self, app, request):
+        """A /v1 request: find its slot, wait while that swaps, relay."""
+        config = app.store.current
+        try:
+            name = json.loads(request.body).get("model")
+        except (ValueError, AttributeError, RecursionError):
+            raise Refused(400, "bad_json", "the body must be a JSON object") from None
+        if name is not None and not isinstance(name, str):
+            raise Refused(422, "bad_field", "model must be text", field="model")
+        deadline = time.monotonic() + config.settings["HOLD_SECONDS"]
+        while True:
+            running = app.swaps.running()
+            slot = route_model(name, config, app.views(), running if running and app.gate.is_held(running.slot) else None)
+            eta = running.eta_seconds if running and running.slot == slot.name else None
+            left = deadline - time.monotonic()
+            too_long = app.gate.is_held(slot.name) and eta is not None and eta > left
+            if too_long or not app.gate.enter(slot.name, max(0.0, left)):
+                raise Refused(503, "swapping", f"slot {slot.name} is loading another model",
+                              {"Retry-After": str(max(1, math.ceil(eta or 10)))}, eta_seconds=eta)
+            try:                                # while it was held the slot may have come to serve something else
+                if route_model(name, config, app.views(), None).name != slot.name:
+                    continue
+                endpoint = Endpoint(app.hosts.address(slot.hosts[0]), slot.port, config.settings["VLLM_API_KEY"])
+                head = forwarded_head(request.method, request.target, request.fields, endpoint, len(request.body))
+                self.connection.settimeout(SEND_S)
+                status, size, whole_ = relay(self.connection, endpoint, head, request.body, [f"X-Request-Id: {request.id}"])
+                self.close_connection |= not whole_
+                return status, size
+            finally:
+                app.gate.leave(slot.name)
+
+    def log_message(self, *args):
+        """http.server's own log; ours is one line a request."""
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads, block_on_close, request_queue_size = True, False, 128
+
+    def __init__(self, address, app):
+        self.app = app
+        self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
+        self._idle = threading.Condition()
+        self._busy = 0                          # guarded by _idle; requests being answered
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, Handler)
+
+    def process_request(self, request, client_address):
+        if not self._slots.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                request.settimeout(1)
+                body = json.dumps(Refused(503, "too_many_connections", f"more than {CONNECTIONS_MAX} connections").body()).encode()
+                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: application/json\r\n"
+                                b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request, client_address):
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._slots.release()
+
+    def count(self, by):
+        with self._idle:
+            self._busy += by
+            self._idle.notify_all()
+
+    def finish(self, timeout_s):
+        """Close the listening socket and wait for replies in flight."""
+        self.server_close()
+        with self._idle:
+            self._idle.wait_for(lambda: not self._busy, timeout_s)
+
+    def handle_error(self, request, client_address):
+        log(f"connection of {client_address[0]}: {traceback.format_exc()}")
+
+
+# === 13 demo ==================================================================
+# Two pretended Sparks on this machine and an engine that talks like vLLM, run as real processes by the very same
+# swap code (a command template on `local` hosts). The engine ends when sparkctl does.
+
+DEMO_MODELS = """
+models:
+  tiny-chat:
+    {name: Tiny Chat 7B, repo: demo/tiny-chat, aliases: [gpt-4o-mini], knobs: {max-model-len: 8192, gpu-memory-utilization: 0.05},
+     description: A pretended solo model that answers what you say.}
+  wide-chat:
+    {name: Wide Chat 120B, repo: demo/wide-chat, mode: cluster, knobs: {max-model-len: 131072, gpu-memory-utilization: 0.05},
+     description: A pretended cluster model sharded over both Sparks.}
+  house-style:
+    {name: House Style (fine-tuned), local_path: LOCAL/house-style, knobs: {gpu-memory-utilization: 0.05},
+     description: A pretended local model from a directory on the Spark.}
+  too-greedy:
+    {name: Too Greedy 235B, repo: demo/too-greedy, knobs: {gpu-memory-utilization: 0.05}, env: {DEMO_FAILS: out_of_memory},
+     description: A pretended model that fails to load so that the rollback can be seen.}
+"""
+DEMO_SERVICES = """
+slots:
+  main: {hosts: [spark1, spark2], port: PORT, container: demo-engine, backend: demo}
+backends:
+  demo:
+    stop: p=$(cat DIR/{container}.pid 2>/dev/null) && kill "$p" 2>/dev/null; rm -f DIR/{container}.pid
+    launch: "(PYTHON SCRIPT demo-engine {env} --model {model} --port {port} {extra_args} >DIR/{container}.log 2>&1 & echo $! >DIR/{container}.pid; wait) >/dev/null 2>&1 &"
+    logs: tail -n +1 -F DIR/{container}.log 2>/dev/null
+    alive: read -r p <DIR/{container}.pid && kill -0 "$p"
+"""
+
+
+def demo_setup(folder):
+    """Write the demo's files below folder -> (settings as environment, paths of its YAML files)."""
+    with socket.socket() as s:                  # a port that is free now; the engine takes it a moment later
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    for source in ("hub/models--demo--tiny-chat/snapshots/1", "hub/models--demo--wide-chat/snapshots/1",
+                   "hub/models--demo--too-greedy/snapshots/1", "local/house-style"):
+        os.makedirs(os.path.join(folder, source))
+        for name in ("config.json", "model.safetensors"):
+            with open(os.path.join(folder, source, name), "w", encoding="utf-8") as f:
+                f.write("{}")
+    words = {"PORT": str(port), "DIR": quote_arg(folder), "PYTHON": quote_arg(sys.executable), "SCRIPT": quote_arg(os.path.abspath(__file__))}
+    paths = {"models": os.path.join(folder, "models.yaml"), "services": os.path.join(folder, "services-overrides.yaml"),
+             "overrides": os.path.join(folder, "models-overrides.yaml")}
+    with open(paths["models"], "w", encoding="utf-8") as f:
+        f.write(DEMO_MODELS.replace("LOCAL", os.path.join(folder, "local")))
+    with open(paths["services"], "w", encoding="utf-8") as f:
+        f.write(re.sub(r"\b(PORT|DIR|PYTHON|SCRIPT)\b", lambda m: words[m[1]], DEMO_SERVICES))
+    os.environ.update(HF_HUB_CACHE=os.path.join(folder, "hub"), SPARKCTL_DEMO_PID=str(os.getpid()))
+    return {"SPARK1_HOST": "local", "SPARK2_HOST": "local", "LOCAL_MODEL_ROOTS": folder, "SPARKCTL_DATA": folder}, paths
+
+
+class DemoEngine(BaseHTTPRequestHandler):
+    """Answers like vLLM 0.33: health, the model list, completions, chat with streaming."""
+
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
+
+    def do_GET(self):
+        cards = [{"id": n, "object": "model", "owned_by": "vllm", "root": self.server.model} for n in self.server.names]
+        known = {"/health": b"", "/v1/models": json.dumps({"object": "list", "data": cards}).encode(), "/version": b'{"version":"0.33.0"}'}
+        self.send(200 if self.path in known else 404, known.get(self.path, b'{"detail":"Not Found"}'))
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+        name = asked.get("model") or self.server.names[0]
+        if name not in self.server.names:
+            return self.send(404, json.dumps({"error": {"message": f"The model `{name}` does not exist.", "type": "NotFoundError", "param": "model", "code": 404}}).encode())
+        chat = self.path == "/v1/chat/completions"
+        said = asked.get("messages", [{}])[-1].get("content", "") if chat else asked.get("prompt", "")
+        answer = f"This is {self.server.names[0]}, a pretended model. You said: {said}"
+        base = {"id": "demo-" + secrets.token_hex(6), "object": "chat.completion" if chat else "text_completion", "created": int(time.time()), "model": self.server.names[0]}
+        usage = {"prompt_tokens": len(str(said).split()), "completion_tokens": len(answer.split())}
+        if not asked.get("stream"):
+            choice_ = {"index": 0, "finish_reason": "stop", **({"message": {"role": "assistant", "content": answer}} if chat else {"text": answer})}
+            return self.send(200, json.dumps({**base, "choices": [choice_], "usage": usage}).encode())
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for word in re.findall(r"\S+\s*", answer):
+            delta = {"index": 0, "finish_reason": None, **({"delta": {"content": word}} if chat else {"text": word})}
+            self.chunk(f"data: {json.dumps({**base, 'choices': [delta]})}\n\n")
+            time.sleep(0.03)
+        self.chunk(f"data: {json.dumps({**base, 'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def chunk(self, said):
+        data = said.encode()
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def send(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        """Quiet: the log is for loading."""
+
+
+def demo_engine(argv):
+    """Load for three seconds, saying what vLLM would, then serve until told to end or until sparkctl is gone."""
+    parser = argparse.ArgumentParser(prog="demo-engine")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--served-model-name", nargs="+", default=[])
+    parser.add_argument("-e", action="append", default=[])
+    args, _ = parser.parse_known_args(argv)
+    fails = dict(pair.partition("=")[::2] for pair in args.e).get("DEMO_FAILS")
+    parent = int(os.environ.get("SPARKCTL_DEMO_PID", "0"))
+
+    def watch_parent():
+        while parent:
+            time.sleep(0.3)
+            try:
+                os.kill(parent, 0)
+            except ProcessLookupError:
+                os._exit(0)
+    threading.Thread(target=watch_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    say = lambda line, pid=os.getpid(): print(f"(EngineCore pid={pid}) INFO {time.strftime('%m-%d %H:%M:%S')} [demo.py:1] {line}" if line[0] != "!" else line[1:], flush=True)
+    say("vLLM server version 0.33.0 (pretended), serving model " + args.model)
+    time.sleep(0.3)
+    say("Starting to load model " + args.model + "...")
+    for shard in range(1, 13):
+        time.sleep(0.17)
+        say(f"!Loading safetensors checkpoint shards: {shard * 100 // 12:3}% Completed | {shard}/12 [00:0{shard // 6}<00:01,  5.88it/s]")
+        if fails and shard == 8:
+            print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.12 GiB.\nRuntimeError: Engine core initialization failed. See root cause above.", flush=True)
+            return 1
+    say("Model loading took 61.204518 GiB memory and 2.040000 seconds")
+    say("torch.compile took 0.40 s in total")
+    time.sleep(0.4)
+    say("GPU KV cache size: 1,711,646 tokens, Maximum concurrency for 8,192 tokens per request: 208.94x")
+    say("Capturing CUDA graphs (decode, FULL): 100%|##########| 35/35")
+    time.sleep(0.4)
+    server = ThreadingHTTPServer(("127.0.0.1", args.port), DemoEngine)
+    server.daemon_threads, server.model, server.names = True, args.model, args.served_model_name or [args.model]
+    say("!INFO:     Application startup complete.")
+    server.serve_forever()
+    return 0
+
+
+# === 14 command line ==========================================================
+
+
+def build_settings(args, environ):
+    """Command line and environment -> (Settings, data directory, {name: path of a YAML file})."""
+    flags = {"SPARKCTL_BIND": args.bind, "SPARKCTL_PORT": args.port, "SPARKCTL_DATA": args.data}
+    early = parse_settings(environ, {}, flags)
+    data_dir = os.path.join(HERE, early["SPARKCTL_DATA"])
+    settings_file = os.path.join(data_dir, "settings.yaml")
+    try:
+        settings = parse_settings(environ, read_yaml(settings_file), flags)
+    except (OSError, ValueError) as e:
+        settings = early._replace(warnings=(*early.warnings, f"settings.yaml cannot be read and is ignored: {e}"))
+    paths = {"models": args.models or os.path.join(HERE, "models.yaml"), "services": args.services or os.path.join(HERE, "services-overrides.yaml"),
+             "overrides": os.path.join(data_dir, settings["MODELS_OVERRIDES"] or "models-overrides.yaml")}
+    return settings, data_dir, paths
+
+
+def run_check(store):
+    """Print everything in force and every problem -> exit code."""
+    config = store.current
+    print("Settings")
+    for row in config.settings.public():
+        if row["source"] != "default" or row["name"] in ("SPARKCTL_BIND", "SPARKCTL_PORT"):
+            print(f"  {row['name']} = {row['value']}  ({row['source']})")
+    print("  the others have their defaults; README lists them")
+    print("Sparks")
+    for spark in config.sparks.values():
+        print(f"  {spark.name}: {f'{spark.user}@' if spark.user else ''}{spark.host}")
+    print("Slots")
+    for slot in config.layout.slots.values():
+        print(f"  {slot.name}: {', '.join(slot.hosts)}, port {slot.port}, container {slot.container}, backend {slot.backend}")
+    print("Backends")
+    for name, template in (("launch-cluster", LAUNCH_CLUSTER), *config.layout.backends.items()):
+        print(f"  {name}: {printable(template.launch, 200)}")
+    print("Services")
+    for service in config.layout.services.values():
+        if service.configured:
+            print(f"  {service.name}: {service.kind} on {service.host} port {service.port}" + (" (disabled)" if service.name in config.settings["DISABLED_SERVICES"] else ""))
+    print(f"Models ({len(config.models)})")
+    for m in config.models.values():
+        print(f"  {m.key}: {m.source} ({m.mode}) answers to {', '.join(m.served_names)}")
+    found = [*config.settings.warnings, *map(str, config.problems)]
+    if not config.sparks:
+        found.append("no Spark is configured: set SPARK1_HOST (and SPARK2_HOST)")
+    if not config.models:
+        found.append("the catalog is empty")
+    print("Problems" if found else "No problems")
+    for problem in found:
+        print(f"  {problem}")
+    return 1 if found else 0
+
+
+def serve(store, data_dir, allow_root, demo):
+    """Run until SIGTERM or SIGINT -> exit code."""
+    settings = store.settings
+    loopback = settings["SPARKCTL_BIND"] in ("localhost", "::1") or settings["SPARKCTL_BIND"].startswith("127.")
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
+    warnings = []
+    if root and not loopback and not allow_root:
+        print("sparkctl: refusing to run as root on a non-loopback address; use another user, or --allow-root", file=sys.stderr)
+        return 2
+    if root and not demo:
+        warnings.append("sparkctl runs as root and needs no root: run it as a user that may ssh to the Sparks")
+    if not loopback and not settings["SPARKCTL_API_KEY"]:
+        warnings.append(f"anybody who reaches {settings['SPARKCTL_BIND']} may swap models: set SPARKCTL_API_KEY")
+    sys.setswitchinterval(0.0005)               # a busy thread must not delay the relay of tokens
+    threading.stack_size(256 << 10)             # hundreds of parked connections at little memory
+    try:
+        app = App(store, data_dir, demo)
+        server = Server((settings["SPARKCTL_BIND"], settings["SPARKCTL_PORT"]), app)
+    except (OSError, OverflowError) as e:
+        where = f"{e.filename}: " if getattr(e, "filename", None) else f"{settings['SPARKCTL_BIND']} port {settings['SPARKCTL_PORT']}: "
+        print(f"sparkctl: {where}{getattr(e, 'strerror', None) or e}", file=sys.stderr)
+        return 2
+    app.warnings[:0] = warnings
+    stop = threading.Event()
+    for number_ in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number_, lambda *_: stop.set())
+    app.start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    for warning in (*settings.warnings, *map(str, store.current.problems), *app.warnings):
+        log(f"warning: {warning}")
+    host = f"[{server.server_address[0]}]" if ":" in server.server_address[0] else server.server_address[0]
+    print(f"sparkctl {VERSION} on http://{host}:{server.server_address[1]}/", flush=True)
+    stop.wait()
+    server.shutdown()                           # no new connections; engines are left running
+    app.close()
+    server.finish(5)
+    return 0
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["demo-engine"]:
+        return demo_engine(argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Every setting is an environment variable; README.md lists them.")
+    parser.add_argument("command", nargs="?", choices=("serve", "check"), default="serve", help="check: print what is in force, with every problem")
+    parser.add_argument("--bind", metavar="A", help="address to listen on")
+    parser.add_argument("--port", metavar="N", help="port to listen on")
+    parser.add_argument("--data", metavar="DIR", help="directory for state")
+    parser.add_argument("--models", metavar="FILE", help="the catalog, instead of models.yaml beside the script")
+    parser.add_argument("--services", metavar="FILE", help="instead of services-overrides.yaml beside the script")
+    parser.add_argument("--demo", action="store_true", help="two pretended Sparks on this machine; needs no hardware")
+    parser.add_argument("--allow-root", action="store_true", help="run as root on a non-loopback address all the same")
+    args = parser.parse_args(argv)
+    os.umask(0o077)
+    environ, cleanup = dict(os.environ), contextlib.ExitStack()
+    with cleanup:
+        if args.demo:
+            args.data = args.data or cleanup.enter_context(tempfile.TemporaryDirectory(prefix="sparkctl-demo-"))
+            os.makedirs(args.data, exist_ok=True)
+            folder = tempfile.mkdtemp(prefix="engines-", dir=args.data)
+            overlay, paths = demo_setup(folder)
+            args.models, args.services = paths["models"], paths["services"]
+            environ = {k: v for k, v in environ.items() if k not in SETTING} | overlay | {k: environ[k] for k in ("SPARKCTL_BIND", "SPARKCTL_PORT", "SPARKCTL_API_KEY") if k in environ}
+        settings, data_dir, paths = build_settings(args, environ)
+        try:
+            os.makedirs(data_dir, mode=0o700, exist_ok=True)
+            if not os.access(data_dir, os.R_OK | os.W_OK | os.X_OK):
+                raise PermissionError(13, "not readable and writable", data_dir)
+        except OSError as e:
+            if args.command == "serve":
+                print(f"sparkctl: the data directory {data_dir} cannot be used: {e.strerror}", file=sys.stderr)
+                return 2
+        store = ConfigStore(settings, paths)
+        if args.command == "check":
+            unreadable = [p for p in (args.models, args.services) if p and not os.access(p, os.R_OK)]
+            for path in unreadable:
+                print(f"sparkctl: {path} cannot be read", file=sys.stderr)
+            return 2 if unreadable else run_check(store)
+        return serve(store, data_dir, args.allow_root, args.demo)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
