@@ -933,8 +933,10 @@ def parse_service(name, entry, base, sparks):
         raise ValueError("port: must be a whole number up to 65535")
     health = entry.get("health") or (base.health if base else "") or KINDS[kind]
     url = expect("text", entry.get("url") or "")
-    if not health.startswith("/") or url and not re.match(r"https?://", url):
-        raise ValueError("health: must start with /, url: with http:// or https://")
+    if not health.startswith("/"):
+        raise ValueError("health: must start with /")
+    if url and not re.match(r"https?://", url):
+        raise ValueError("url: must start with http:// or https://")
     if not url and not (host and port):
         raise ValueError("needs host and port, or url")
     container = entry.get("container") or (base.container if base else "")
@@ -1499,6 +1501,23 @@ class Check(NamedTuple):
     remedy: str = ""
 
 
+def check_swap(s):
+    """The invariants, one a line. Raises ValueError: `assert` would vanish under -O."""
+    for ok, rule in (
+            (s.phase in TRANSITIONS, "the phase is a known one"),
+            ((s.ended_at is not None) == (s.phase in TERMINAL), "exactly a terminal swap has an end"),
+            (s.phase != "failed" or s.error, "a failed swap says why"),
+            (s.phase not in ("launching", "loading", "warming") or s.plan, "what is launched has a plan"),
+            (s.phase not in ("launching", "loading", "warming") or s.touched, "nothing is launched before the stop"),
+            (s.phase != "planned" or s.dry_run and not s.touched, "only a dry run ends planned, and it touches nothing"),
+            (s.model is not None or s.phase not in ("launching", "loading", "warming"), "an unload launches nothing"),
+            (not (s.rollback_of and s.rollback), "a rollback does not roll back"),
+            (s.phase in TERMINAL or not s.phases or s.phases[-1][2] is None, "the running phase has no duration yet")):
+        if not ok:
+            raise ValueError(f"swap {s.id} in {s.phase} breaks the rule: {rule}")
+    return s
+
+
 @dataclasses.dataclass(frozen=True)
 class Swap:
     """One attempt to make a slot serve a model (model None: nothing). Immutable; shared between threads as it is."""
@@ -1565,23 +1584,6 @@ class Swap:
         return check_swap(cls(**got))
 
 
-def check_swap(s):
-    """The invariants, one a line. Raises ValueError: `assert` would vanish under -O."""
-    for ok, rule in (
-            (s.phase in TRANSITIONS, "the phase is a known one"),
-            ((s.ended_at is not None) == (s.phase in TERMINAL), "exactly a terminal swap has an end"),
-            (s.phase != "failed" or s.error, "a failed swap says why"),
-            (s.phase not in ("launching", "loading", "warming") or s.plan, "what is launched has a plan"),
-            (s.phase not in ("launching", "loading", "warming") or s.touched, "nothing is launched before the stop"),
-            (s.phase != "planned" or s.dry_run and not s.touched, "only a dry run ends planned, and it touches nothing"),
-            (s.model is not None or s.phase not in ("launching", "loading", "warming"), "an unload launches nothing"),
-            (not (s.rollback_of and s.rollback), "a rollback does not roll back"),
-            (s.phase in TERMINAL or not s.phases or s.phases[-1][2] is None, "the running phase has no duration yet")):
-        if not ok:
-            raise ValueError(f"swap {s.id} in {s.phase} breaks the rule: {rule}")
-    return s
-
-
 def advance(s, phase, now, **facts):
     """(swap, phase, Unix time) -> the swap in that phase. The only code that changes a phase. Raises ValueError."""
     if phase not in TRANSITIONS[s.phase]:
@@ -1646,6 +1648,51 @@ def memory_need_gb(model, total_gb, nodes):
     return share * total_gb, weights, f"{share:g} of {total_gb:.1f} GB"
 
 
+def _check_model(add, model, slot, used, there, probe, current):
+    """The checks that need the model: weights on every Spark that loads them, and memory. Returns GiB per Spark."""
+    sized, bad = model, False
+    for host in used:
+        f = there.get(host)
+        if f is None:
+            continue
+        if not f["weights"]:
+            add("weights", "fail", f"{model.source} is not on {host}",
+                "check the path" if model.local_path else f"download it there: hf download {model.repo}")
+            bad = True
+        elif f["weights_missing"] or f["weights_incomplete"]:
+            missing = ", ".join(f["weights_missing"][:3]) or "a file that is still being downloaded"
+            add("weights", "fail", f"{host} has {model.source} without {printable(missing, 200)}", "let the download finish, or download it again")
+            bad = True
+        with contextlib.suppress(ValueError, IndexError):
+            sized = dataclasses.replace(model, size_gb=int(f["weights_kb"][0]) / (1 << 20))
+    if there and not bad:
+        add("weights", "ok", f"{sized.size_gb:.1f} GB on {', '.join(h for h in used if h in there)}")
+    need_gb, worst = 0.0, None
+    for host in used:
+        try:
+            total, available = (int(there[host][name][0].split()[0]) / (1 << 20) for name in ("MemTotal", "MemAvailable"))
+        except (KeyError, IndexError, ValueError):
+            continue
+        need, weights, how = memory_need_gb(sized, total, len(used))
+        back = min(current.need_gb, total - available) if current and host in current.hosts else 0.0
+        unknown = not current and bool(probe.served or there[host]["engine"])
+        need_gb = max(need_gb, need)
+        if weights + 1 > need:
+            row = ("fail", f"{host}: {weights:.1f} GB of weights do not fit into {need:.1f} GB ({how})",
+                   f"raise gpu-memory-utilization to {min(0.95, (weights + 6) / total):.2f}, or use more Sparks")
+        elif need + 2 > available + back and not unknown:
+            row = ("fail", f"{host}: needs {need:.1f} GB ({how}), and {available + back:.1f} GB can be free",
+                   f"lower gpu-memory-utilization to {max(0.0, (available + back - 3) / total):.2f}, or stop other services")
+        elif need + 2 > available and unknown:
+            row = ("warn", f"{host}: needs {need:.1f} GB ({how}); {available:.1f} GB are free, and what the engine there gives back is not known", "")
+        else:
+            row = ("ok", f"{host}: needs {need:.1f} GB ({how}), {available + back:.1f} GB can be free", "")
+        if worst is None or ("ok", "warn", "fail").index(row[0]) > ("ok", "warn", "fail").index(worst[0]):
+            worst = row
+    add("memory", *(worst or ("warn", "the Spark does not tell how much memory it has", "")))
+    return need_gb
+
+
 def evaluate_checks(model, slot, config, facts, used, probe, current):
     """Facts of every Spark -> [Check], and the model's need in GiB per Spark. Pure.
 
@@ -1701,51 +1748,6 @@ def evaluate_checks(model, slot, config, facts, used, probe, current):
     if model:
         need_gb = _check_model(add, model, slot, used, there, probe, current)
     return checks, need_gb
-
-
-def _check_model(add, model, slot, used, there, probe, current):
-    """The checks that need the model: weights on every Spark that loads them, and memory. Returns GiB per Spark."""
-    sized, bad = model, False
-    for host in used:
-        f = there.get(host)
-        if f is None:
-            continue
-        if not f["weights"]:
-            add("weights", "fail", f"{model.source} is not on {host}",
-                "check the path" if model.local_path else f"download it there: hf download {model.repo}")
-            bad = True
-        elif f["weights_missing"] or f["weights_incomplete"]:
-            missing = ", ".join(f["weights_missing"][:3]) or "a file that is still being downloaded"
-            add("weights", "fail", f"{host} has {model.source} without {printable(missing, 200)}", "let the download finish, or download it again")
-            bad = True
-        with contextlib.suppress(ValueError, IndexError):
-            sized = dataclasses.replace(model, size_gb=int(f["weights_kb"][0]) / (1 << 20))
-    if there and not bad:
-        add("weights", "ok", f"{sized.size_gb:.1f} GB on {', '.join(h for h in used if h in there)}")
-    need_gb, worst = 0.0, None
-    for host in used:
-        try:
-            total, available = (int(there[host][name][0].split()[0]) / (1 << 20) for name in ("MemTotal", "MemAvailable"))
-        except (KeyError, IndexError, ValueError):
-            continue
-        need, weights, how = memory_need_gb(sized, total, len(used))
-        back = current.need_gb if current and host in current.hosts else 0.0
-        unknown = not current and bool(probe.served or there[host]["engine"])
-        need_gb = max(need_gb, need)
-        if weights + 1 > need:
-            row = ("fail", f"{host}: {weights:.1f} GB of weights do not fit into {need:.1f} GB ({how})",
-                   f"raise gpu-memory-utilization to {min(0.95, (weights + 6) / total):.2f}, or use more Sparks")
-        elif need + 2 > available + back and not unknown:
-            row = ("fail", f"{host}: needs {need:.1f} GB ({how}), and {available + back:.1f} GB can be free",
-                   f"lower gpu-memory-utilization to {max(0.0, (available + back - 3) / total):.2f}, or stop other services")
-        elif need + 2 > available and unknown:
-            row = ("warn", f"{host}: needs {need:.1f} GB ({how}); {available:.1f} GB are free, and what the engine there gives back is not known", "")
-        else:
-            row = ("ok", f"{host}: needs {need:.1f} GB ({how}), {available + back:.1f} GB can be free", "")
-        if worst is None or ("ok", "warn", "fail").index(row[0]) > ("ok", "warn", "fail").index(worst[0]):
-            worst = row
-    add("memory", *(worst or ("warn", "the Spark does not tell how much memory it has", "")))
-    return need_gb
 
 
 # === 9 swap ===================================================================
@@ -1868,6 +1870,7 @@ class Follower:
     def __init__(self, hosts, spark, plan, since):
         self.events = queue.SimpleQueue()                   # ("log", text) ("dead", why) ("lost", why) ("back", "")
         self._hosts, self._spark, self._plan, self._since = hosts, spark, plan, since
+        self._seen_at = 0                                   # lines seen that carry the time stamp _since
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
         self._thread.start()
@@ -1897,6 +1900,7 @@ class Follower:
         """(None, beats) when closed or dead, else (why the connection ended, beats)."""
         spark = self._hosts.sparks[self._spark]
         stamped, beats, tail = self._plan.backend == "launch-cluster", 0, b""
+        self._resumed, self._skip = self._since, self._seen_at
         process = spawn(self._hosts.argv(spark, follow_script(self._plan, self._since)),
                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         buffers, last_beat = {"out": b"", "err": b""}, time.monotonic()
@@ -1936,12 +1940,389 @@ class Follower:
 
     def _line(self, line, stamped):
         if stamped and (m := self.STAMP.match(line)):
-            if m[1] <= self._since:                         # seen before the connection was lost
+            if m[1] < self._resumed or m[1] == self._resumed and self._skip > 0:
+                self._skip -= m[1] == self._resumed         # seen before the connection was lost
                 return
-            self._since, line = m[1], line[m.end():]
+            self._seen_at, self._since = (self._seen_at + 1 if m[1] == self._since else 1), m[1]
+            line = line[m.end():]
         for part in line.split("\r"):
             if part.strip():
                 self.events.put(("log", part))
+
+
+class SwapRun:
+    """The effects of one swap, one method per phase. Used by the swap thread only."""
+
+    def __init__(self, manager, config, cancel):
+        self.m, self.config, self.cancel = manager, config, cancel
+        s = manager.running()
+        self.id = s.id
+        self.log = manager.log_of(s.id)
+        self.slot = config.layout.slots.get(s.slot)
+        self.follower = None
+        self.was_empty = False              # nothing was there to stop, so no memory has to come back
+        self.last_line = time.monotonic()
+
+    def close(self):
+        if self.follower:
+            self.follower.close()
+            self.follower = None
+
+    def perform(self, s):
+        if self.slot is None:
+            raise Failed("slot_gone", f"slot {s.slot} is not configured any more", "put it back into services-overrides.yaml")
+        getattr(self, "do_" + s.phase)(s)
+
+    # --- helpers
+
+    def on(self, host, script, timeout_s, cancel=True):
+        return self.m.hosts.run(host, script, timeout_s, cancel=self.cancel if cancel else None)
+
+    def endpoint(self):
+        return Endpoint(self.m.hosts.address(self.slot.hosts[0]), self.slot.port, self.config.settings["VLLM_API_KEY"])
+
+    def left(self, s, limit):
+        """Seconds that the running phase still has; the limit counts from its journaled start, across restarts."""
+        return s.phase_began + self.config.settings[limit] - time.time()
+
+    def pause(self, seconds):
+        if self.cancel.wait(seconds):
+            raise Cancelled()
+
+    def look(self, s):
+        """One look at every Spark of the slot -> (facts, the model or None)."""
+        model = self.config.models.get(s.model) if s.model else None
+        hosts = {}
+
+        def gather(host):
+            got = self.on(host, facts_script(model if host in used else None, self.slot, self.config, host == self.slot.hosts[0]), 20)
+            return parse_facts(got.out) if got.kind == "ok" else got
+        used = self.used(model)
+        hosts = self.m.hosts.each(self.slot.hosts, gather)
+        return hosts, model
+
+    def used(self, model):
+        return self.slot.hosts if model is None or model.mode == "cluster" else self.slot.hosts[:1]
+
+    # --- phases
+
+    def do_queued(self, s):
+        self.m._enter("checking")
+
+    def do_checking(self, s):
+        facts, model = self.look(s)
+        probe = probe_vllm_endpoint(self.endpoint(), 2.0)
+        current = self.m.plan_of(s.slot)
+        head = facts[self.slot.hosts[0]]
+        self.was_empty = not probe.served and not isinstance(head, Result) and not head["container"] and not head["listening"]
+        if s.rollback_of:
+            checks, plan = [Check("reachable", "fail", f"{h}: {f.kind}", remedy_for(f, self.config.sparks[h]))
+                            for h, f in facts.items() if isinstance(f, Result) and h in s.plan.hosts], s.plan
+        else:
+            if s.model and model is None:
+                raise Failed("unknown_model", f"{s.model} is not in the catalog any more")
+            checks, need_gb = evaluate_checks(model, self.slot, self.config, facts, self.used(model), probe, current)
+            checks += self.neighbours(model)
+            flags = frozenset(head["flag"]) if not isinstance(head, Result) and head["flag"] else frozenset(("--name",))
+            try:
+                plan = make_plan(model, self.slot, self.config, flags, need_gb) if model else None
+            except ValueError as e:
+                checks.append(Check("command", "fail", str(e), ""))
+                plan = None
+        checks = tuple(c._replace(status="skipped") if c.status == "fail" and c.name in s.skip_checks else c for c in checks)
+        for c in checks:
+            self.log.add(f"check {c.name}: {c.status}: {c.detail}")
+        commands = tuple(f"{host}: {command}" for host, command in self.commands(plan))
+        s = self.m._update(save=True, checks=checks, commands=commands, plan=plan or s.plan)
+        bad = next((c for c in checks if c.status == "fail"), None)
+        if s.dry_run:
+            return self.finish_dry(bad)
+        if bad:
+            raise Failed("check_failed", f"check {bad.name}: {bad.detail}", bad.remedy)
+        self.m.gate.hold(s.slot)
+        self.m._enter("draining")
+
+    def finish_dry(self, bad):
+        self.m._conclude("planned", error={"code": "check_failed", "message": f"check {bad.name}: {bad.detail}", "remedy": bad.remedy,
+                                        "log_tail": []} if bad else None)
+
+    def neighbours(self, model):
+        """Other slots on the Sparks of a cluster model must be empty: it needs the whole of each."""
+        for other in self.config.layout.slots.values():
+            shared = set(other.hosts) & set(self.used(model)) if model and model.mode == "cluster" else ()
+            if other.name != self.slot.name and shared and (plan := self.m.plan_of(other.name)) and set(plan.hosts) & shared:
+                yield Check("neighbours", "fail", f"slot {other.name} serves {plan.model} on {', '.join(sorted(shared))}", f"unload {other.name} first")
+
+    def commands(self, plan):
+        head = self.slot.hosts[0]
+        yield head, self.stop_command(self.m.plan_of(self.slot.name))
+        if plan:
+            yield head, plan.launch
+            if plan.logs:
+                yield head, with_since(plan.logs, "now")
+
+    def stop_command(self, previous):
+        """How the slot's engine is stopped on its head; a cluster that may be there needs the launcher to visit all."""
+        if self.slot.backend != "launch-cluster":
+            template = self.config.layout.backends[self.slot.backend]
+            return fill(template.stop, {"container": quote_arg(self.slot.container), "port": quote_arg(self.slot.port)})
+        wide = len(self.slot.hosts) > 1 and (previous is None or len(previous.hosts) > 1)
+        return fill(LAUNCH_CLUSTER.stop, {"launch_dir": quote_path(self.config.settings["LAUNCH_DIR"]),
+                                          "stop_flags": ("" if wide else "--solo ") + "--name " + quote_arg(self.slot.container)})
+
+    def do_draining(self, s):
+        self.m.gate.hold(s.slot)
+        left = self.m.gate.drain(s.slot, self.left(s, "SWAP_DRAIN_SECONDS"), self.cancel)
+        if left:
+            self.log.add(f"{left} requests did not end within SWAP_DRAIN_SECONDS and will be cut")
+        previous = self.m.plan_of(s.slot) or s.previous
+        if previous and not s.previous:
+            answers = probe_vllm_endpoint(self.endpoint(), 2.0).served
+            if answers and not set(answers) & set(previous.served_names):
+                previous = None             # somebody replaced what we launched; it is not ours to bring back
+        self.m._enter("stopping", touched=True, previous=previous)
+
+    def do_stopping(self, s):
+        deadline = s.phase_began + self.config.settings["SWAP_STOP_TIMEOUT"]
+        needed = s.plan.hosts if s.plan else self.slot.hosts
+        self.stop_engine(s.previous, needed, deadline, self.cancel)
+        deadline = time.time() + self.config.settings["SWAP_STOP_TIMEOUT"]
+        if s.plan is None:
+            self.m._observe(s.slot, Probe("silent", detail="unloaded"))
+            return self.m._conclude("ready", plans={s.slot: None})
+        self.wait_for_memory(s, deadline)
+        self.m._enter("launching", forget=(s.slot,))
+
+    def stop_engine(self, previous, needed, deadline, cancel):
+        """Stop what runs in the slot and see that it is gone. Raises Failed if it is not; Sparks not needed may be down."""
+        hosts, head = self.slot.hosts, self.slot.hosts[0]
+        room = lambda most: max(1.0, min(most, deadline - time.time()))
+        run = lambda host, script, most: self.m.hosts.run(host, script, room(most), cancel=cancel)
+        if self.slot.backend == "launch-cluster":
+            self.save_engine_log(run)
+            self.m.hosts.each(hosts, lambda h: run(h, retire_script(self.slot.container), 20))
+            # half of the time at most: what the launcher leaves is removed below all the same
+            got = run(head, self.stop_command(previous), self.config.settings["SWAP_STOP_TIMEOUT"] / 2)
+            if got.kind != "ok":
+                self.log.add(f"launch-cluster.sh stop: {got.kind}: {got.err.strip()[-300:] or got.out.strip()[-300:]}")
+            ends = self.m.hosts.each(hosts, lambda h: run(h, remove_script(self.slot.container), 1e9))
+        else:
+            ends = self.m.hosts.each(hosts, lambda h: run(h, self.stop_command(previous), 1e9))
+            for host, got in ends.items():
+                if got.kind == "failed":    # `docker rm -f` of nothing, say: whether it is gone is seen below
+                    self.log.add(f"{host}: the template's stop ended with {got.code}: {got.err.strip()[-300:]}")
+            ends = {h: got._replace(kind="ok") if got.kind == "failed" else got for h, got in ends.items()}
+        for host, got in ends.items():
+            if got.kind == "ok":
+                continue
+            what = f"{host}: {'the container ' + self.slot.container + ' is still there' if got.code == 4 else got.kind.replace('_', ' ')} {got.err.strip()[-200:]}"
+            if host in needed:
+                raise Failed("stop_failed", f"the old engine could not be stopped: {printable(what)}", remedy_for(got, self.config.sparks[host]) or "stop it by hand on that Spark")
+            self.log.add(f"warning: {what}")
+        self.wait_for_silence(deadline, cancel)
+
+    def save_engine_log(self, run):
+        """Keep the last lines of the engine's log: they die with its container."""
+        got = run(self.slot.hosts[0], f"docker logs -t --tail 5000 {quote_arg(self.slot.container)} 2>&1", 10)
+        if got.kind == "ok" and got.out.strip():
+            with contextlib.suppress(OSError):
+                write_atomic(os.path.join(self.m.dir, self.m.running().id + ".engine.log"), got.out[-(4 << 20):].encode())
+
+    def wait_for_silence(self, deadline, cancel):
+        """Until nothing answers on the slot's port and no engine process is left. Raises Failed, Cancelled."""
+        alive = fill(self.config.layout.backends[self.slot.backend].alive, {"container": quote_arg(self.slot.container), "port": quote_arg(self.slot.port)}) \
+            if self.slot.backend != "launch-cluster" else ""
+        while True:
+            probe = probe_vllm_endpoint(self.endpoint(), 1.0)
+            lives = bool(alive) and self.m.hosts.run(self.slot.hosts[0], f"a=$({alive}\n) 2>/dev/null && [ \"$a\" != false ]", 10, cancel=cancel).kind == "ok"
+            if probe.state == "silent" and not lives:
+                return
+            if time.time() >= deadline:
+                raise Failed("stop_failed", f"port {self.slot.port} still answers ({', '.join(probe.served[:2]) or probe.detail})" if probe.state != "silent"
+                             else "the old engine's process still lives", "stop it by hand on the Spark")
+            if (cancel or threading.Event()).wait(0.1):
+                raise Cancelled()
+
+    def wait_for_memory(self, s, deadline):
+        """The reclaim gate: launch only when every Spark used has the memory back and it has settled."""
+        samples = {host: [] for host in s.plan.hosts}
+        need_kb = 0 if "memory" in s.skip_checks or s.rollback_of else int(s.plan.need_gb * (1 << 20))
+        while True:
+            for host, got in self.m.hosts.each(samples, lambda h: self.on(h, "awk '/^MemAvailable:/ {print $2}' /proc/meminfo", 10)).items():
+                if got.out.strip().isdigit():
+                    samples[host].append((time.monotonic(), int(got.out)))
+            short = {h: v for h, v in samples.items() if v and not (reclaimed(v, need_kb) or self.was_empty and v[-1][1] >= need_kb)}
+            if not short:
+                return
+            if time.time() >= deadline:
+                host, values = next(iter(short.items()))
+                raise Failed("memory_not_released", f"{host} has {values[-1][1] / (1 << 20):.1f} GB available after the stop, and the model needs {s.plan.need_gb:.1f} GB",
+                             "see what else holds memory there, or lower gpu-memory-utilization")
+            self.m._update(text=f"Waiting for memory: {min(v[-1][1] for v in short.values()) / (1 << 20):.1f} GB available")
+            self.pause(0.25)
+
+    def do_launching(self, s):
+        head = s.plan.hosts[0]
+        while True:
+            got = self.on(head, gate_script(s.id, s.plan.launch), max(1.0, self.left(s, "SWAP_LAUNCH_TIMEOUT")))
+            if got.reached or self.left(s, "SWAP_LAUNCH_TIMEOUT") <= 0:
+                break
+            self.log.add(f"{head}: {got.kind.replace('_', ' ')}; trying again")     # the gate makes that safe
+            self.pause(0.5)
+        since, cause = "", None
+        for line in (got.out + "\n" + got.err).splitlines():
+            if line.startswith("since "):
+                since = line[6:].strip()
+            elif line.strip():
+                self.log.add(line)
+                signal_ = classify_log_line(line)
+                if signal_.kind == "fatal" and (cause is None or signal_.rank < cause.rank):
+                    cause = signal_
+        if got.kind == "time_out":
+            raise Failed("launch_timeout", f"the launcher did not end within {self.config.settings['SWAP_LAUNCH_TIMEOUT']:g} s (SWAP_LAUNCH_TIMEOUT)", "run its command by hand and see where it hangs")
+        if not got.reached:
+            raise Failed("unreachable", f"{head}: {got.kind.replace('_', ' ')}: {got.err.strip()[-200:]}", remedy_for(got, self.config.sparks[head]))
+        if cause:                           # the launcher ends with 0 whatever docker said
+            raise Failed(cause.code, f"launch failed: {cause.text}", cause.remedy)
+        if got.kind != "ok":
+            said = next((l for l in reversed((got.out + got.err).splitlines()) if l.strip() and not l.startswith("since ")), "")
+            raise Failed("launch_failed", f"the launcher ended with exit code {got.code}: {printable(said, 300)}", "run the launch command by hand (it is in the swap's commands)")
+        self.m._enter("loading", since=since)
+
+    def do_loading(self, s):
+        """Until the engine itself answers for this model; see _watch for what ends it early."""
+        up_at, next_probe = None, 0.0
+        while True:
+            said = self._watch(s, 0.05)
+            if said == "up":
+                up_at = up_at or time.monotonic()
+            now = time.monotonic()
+            if now >= next_probe:
+                probe = probe_vllm_endpoint(self.endpoint(), 1.0)
+                if s.model in probe.served or set(probe.served) & set(s.plan.served_names):
+                    return self.m._enter("warming")
+                if probe.served:
+                    raise Failed("port_taken", f"port {s.plan.port} answers for {probe.served[0]}, which is not this model", "stop what listens there, or give the slot another port")
+                next_probe = time.monotonic() + 0.15
+            if up_at and now - up_at > self.config.settings["SWAP_ANSWER_TIMEOUT"]:
+                raise Failed("not_answering", f"the engine says it is up, and port {s.plan.port} does not answer from here ({probe.detail})",
+                             "is a firewall between, or does a knob bind the engine to another address or port?")
+            if self.left(s, "SWAP_LOAD_TIMEOUT") <= 0:
+                raise Failed("load_timeout", f"not ready after {self.config.settings['SWAP_LOAD_TIMEOUT']:g} s (SWAP_LOAD_TIMEOUT)", "see the log for what it does; a larger limit, or a faster load-format")
+
+    def _watch(self, s, timeout_s):
+        """Take what the follower saw, turn it into progress; raises Failed as soon as the engine is known to fail."""
+        if self.follower is None:
+            self.follower = Follower(self.m.hosts, s.plan.hosts[0], s.plan, s.since)
+            self.cause, self.cause_at, self.dead, self.shown, self.usual_at = None, 0.0, None, 0.0, 0.0
+        said, until = None, time.monotonic() + timeout_s
+        while True:
+            if self.cancel.is_set():
+                raise Cancelled()
+            try:
+                kind, value = self.follower.events.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                break
+            if kind == "log":
+                said = self._heard(value) or said
+            elif kind == "dead":
+                self.dead = value
+            else:
+                self.log.add(f"-- contact with {s.plan.hosts[0]} {'lost: ' + value + '; trying again' if kind == 'lost' else 'is back'}")
+            if time.monotonic() >= until + 1:               # a flood of lines must not keep us from probing
+                break
+        now = time.monotonic()
+        if self.dead is not None or self.cause and now - self.cause_at > 0.7:
+            raise self._why_dead()
+        self._tell_progress(s, now)
+        return said
+
+    def _heard(self, line):
+        self.last_line = time.monotonic()
+        self.log.add(line)
+        heard = classify_log_line(line)
+        if heard.kind == "fatal":
+            self.cause_at = self.cause_at or self.last_line
+            if self.cause is None or heard.rank < self.cause.rank:
+                self.cause = heard
+        elif heard.kind == "progress":
+            self.heard = heard
+            return "up" if heard.fraction == 0.99 else None
+        return None
+
+    heard = Signal("none")
+
+    def _tell_progress(self, s, now):
+        """Publish progress when it changed, and the time left once a second."""
+        now_s = self.m.running()
+        fraction = max(now_s.fraction, self.heard.fraction if self.heard.kind == "progress" else 0.0)
+        text_ = self.heard.text or "Starting vLLM"
+        if now - self.usual_at < 1 and (fraction, text_) == (now_s.fraction, now_s.text):
+            return
+        durations = self.m.durations(s.model, getattr(self.config.models.get(s.model), "size_gb", 0))
+        eta, usual = estimate(dataclasses.replace(now_s, fraction=fraction), durations, time.time())
+        slower = bool(usual) and time.time() - s.phase_began > 1.5 * usual and now - self.last_line > 30
+        changed = {"fraction": fraction, "text": text_, "eta_seconds": eta, "usual_seconds": usual, "slower": slower}
+        self.usual_at = now
+        if any(getattr(now_s, k) != v for k, v in changed.items()):
+            self.m._update(**changed)
+
+    def _why_dead(self):
+        if self.cause and (self.cause.code != "engine_failed" or not self.dead):
+            return Failed(self.cause.code, self.cause.text, self.cause.remedy)
+        if self.dead == "gone":
+            return Failed("container_gone", "the engine's container vanished while it was loading", "did somebody stop it, or did docker restart?")
+        if self.dead == "137":
+            return Failed("out_of_memory", "the engine was killed (exit 137), most likely because memory ran out", "lower gpu-memory-utilization, or free memory on the Spark")
+        told = f" with exit code {self.dead}" if self.dead else ""
+        return Failed("engine_died", f"the engine's process ended{told} while it was loading", "the log's last lines may say why")
+
+    def do_warming(self, s):
+        """One tiny request, so that `ready` means: answers a prompt."""
+        done, held = queue.SimpleQueue(), []
+        body = {"model": s.model, "input": "Hello"} if s.plan.pooling else {"model": s.model, "prompt": "Hello", "max_tokens": 1}
+        path = "/v1/embeddings" if s.plan.pooling else "/v1/completions"
+
+        def ask():
+            try:
+                done.put(self.endpoint().request("POST", path, body, max(1.0, self.left(s, "SWAP_LAUNCH_TIMEOUT")), held.append))
+            except Exception as e:                          # told below, by the thread that decides
+                done.put((0, type(e).__name__.encode()))
+        threading.Thread(target=ask, name="warm", daemon=True).start()
+        try:
+            while done.empty():
+                self._watch(s, 0.02)
+            status, reply = done.get()
+        finally:
+            for connection in held:
+                with contextlib.suppress(OSError, AttributeError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+        if status != 200:
+            self.log.add(f"{path} answered {status}: {reply[:300].decode('utf-8', 'replace')}")
+            raise Failed("warming_failed", f"the engine is up, and its first request failed ({path}: {f'HTTP {status}' if status else 'no answer'})",
+                         "the log's last lines may say why")
+        self.m._observe(s.slot, Probe("serving", s.plan.served_names))
+        self.m._conclude("ready", plans={s.slot: s.plan})
+
+    # --- ending badly
+
+    def clean_up(self, s):
+        """Leave no half-started engine. Returns the previous Plan if its engine turns out to serve still, else None."""
+        deadline = time.time() + self.config.settings["SWAP_STOP_TIMEOUT"]
+        if self.slot is None:
+            return None
+        gave_up = (s.ending.get("error") or {}).get("code") == "stop_failed"    # else its end may still be under way
+        if gave_up and s.previous and set(probe_vllm_endpoint(self.endpoint(), 1.0).served) & set(s.previous.served_names) \
+                and self.m.hosts.run(s.previous.hosts[0], f"a=$({s.previous.alive or ':'}\n) 2>/dev/null && [ \"$a\" != false ]", 10).kind == "ok":
+            return s.previous
+        if s.plan:
+            self.m.hosts.run(s.plan.hosts[0], ungate_script(s.id), 10)
+        try:
+            self.stop_engine(s.plan or s.previous, s.plan.hosts if s.plan else (), deadline, None)
+        except Failed as e:
+            self.log.add(f"-- clean-up: {e}")
+        self.m._observe(s.slot, probe_vllm_endpoint(self.endpoint(), 1.0))
+        return None
 
 
 class SwapManager:
@@ -2253,379 +2634,6 @@ class SwapManager:
         self._hub.bump()
 
 
-class SwapRun:
-    """The effects of one swap, one method per phase. Used by the swap thread only."""
-
-    def __init__(self, manager, config, cancel):
-        self.m, self.config, self.cancel = manager, config, cancel
-        s = manager.running()
-        self.id = s.id
-        self.log = manager.log_of(s.id)
-        self.slot = config.layout.slots.get(s.slot)
-        self.follower = None
-        self.was_empty = False              # nothing was there to stop, so no memory has to come back
-        self.last_line = time.monotonic()
-
-    def close(self):
-        if self.follower:
-            self.follower.close()
-            self.follower = None
-
-    def perform(self, s):
-        if self.slot is None:
-            raise Failed("slot_gone", f"slot {s.slot} is not configured any more", "put it back into services-overrides.yaml")
-        getattr(self, "do_" + s.phase)(s)
-
-    # --- helpers
-
-    def on(self, host, script, timeout_s, cancel=True):
-        return self.m.hosts.run(host, script, timeout_s, cancel=self.cancel if cancel else None)
-
-    def endpoint(self):
-        return Endpoint(self.m.hosts.address(self.slot.hosts[0]), self.slot.port, self.config.settings["VLLM_API_KEY"])
-
-    def left(self, s, limit):
-        """Seconds that the running phase still has; the limit counts from its journaled start, across restarts."""
-        return s.phase_began + self.config.settings[limit] - time.time()
-
-    def pause(self, seconds):
-        if self.cancel.wait(seconds):
-            raise Cancelled()
-
-    def look(self, s):
-        """One look at every Spark of the slot -> (facts, the model or None)."""
-        model = self.config.models.get(s.model) if s.model else None
-        hosts = {}
-
-        def gather(host):
-            got = self.on(host, facts_script(model if host in used else None, self.slot, self.config, host == self.slot.hosts[0]), 20)
-            return parse_facts(got.out) if got.kind == "ok" else got
-        used = self.used(model)
-        hosts = self.m.hosts.each(self.slot.hosts, gather)
-        return hosts, model
-
-    def used(self, model):
-        return self.slot.hosts if model is None or model.mode == "cluster" else self.slot.hosts[:1]
-
-    # --- phases
-
-    def do_queued(self, s):
-        self.m._enter("checking")
-
-    def do_checking(self, s):
-        facts, model = self.look(s)
-        probe = probe_vllm_endpoint(self.endpoint(), 2.0)
-        current = self.m.plan_of(s.slot)
-        head = facts[self.slot.hosts[0]]
-        self.was_empty = not probe.served and not isinstance(head, Result) and not head["container"] and not head["listening"]
-        if s.rollback_of:
-            checks, plan = [Check("reachable", "fail", f"{h}: {f.kind}", remedy_for(f, self.config.sparks[h]))
-                            for h, f in facts.items() if isinstance(f, Result) and h in s.plan.hosts], s.plan
-        else:
-            if s.model and model is None:
-                raise Failed("unknown_model", f"{s.model} is not in the catalog any more")
-            checks, need_gb = evaluate_checks(model, self.slot, self.config, facts, self.used(model), probe, current)
-            checks += self.neighbours(model)
-            flags = frozenset(head["flag"]) if not isinstance(head, Result) and head["flag"] else frozenset(("--name",))
-            try:
-                plan = make_plan(model, self.slot, self.config, flags, need_gb) if model else None
-            except ValueError as e:
-                checks.append(Check("command", "fail", str(e), ""))
-                plan = None
-        checks = tuple(c._replace(status="skipped") if c.status == "fail" and c.name in s.skip_checks else c for c in checks)
-        for c in checks:
-            self.log.add(f"check {c.name}: {c.status}: {c.detail}")
-        commands = tuple(f"{host}: {command}" for host, command in self.commands(plan))
-        s = self.m._update(save=True, checks=checks, commands=commands, plan=plan or s.plan)
-        bad = next((c for c in checks if c.status == "fail"), None)
-        if s.dry_run:
-            return self.finish_dry(bad)
-        if bad:
-            raise Failed("check_failed", f"check {bad.name}: {bad.detail}", bad.remedy)
-        self.m.gate.hold(s.slot)
-        self.m._enter("draining")
-
-    def finish_dry(self, bad):
-        self.m._conclude("planned", error={"code": "check_failed", "message": f"check {bad.name}: {bad.detail}", "remedy": bad.remedy,
-                                        "log_tail": []} if bad else None)
-
-    def neighbours(self, model):
-        """Other slots on the Sparks of a cluster model must be empty: it needs the whole of each."""
-        for other in self.config.layout.slots.values():
-            shared = set(other.hosts) & set(self.used(model)) if model and model.mode == "cluster" else ()
-            if other.name != self.slot.name and shared and (plan := self.m.plan_of(other.name)) and set(plan.hosts) & shared:
-                yield Check("neighbours", "fail", f"slot {other.name} serves {plan.model} on {', '.join(sorted(shared))}", f"unload {other.name} first")
-
-    def commands(self, plan):
-        head = self.slot.hosts[0]
-        yield head, self.stop_command(self.m.plan_of(self.slot.name))
-        if plan:
-            yield head, plan.launch
-            if plan.logs:
-                yield head, with_since(plan.logs, "now")
-
-    def stop_command(self, previous):
-        """How the slot's engine is stopped on its head; a cluster that may be there needs the launcher to visit all."""
-        if self.slot.backend != "launch-cluster":
-            template = self.config.layout.backends[self.slot.backend]
-            return fill(template.stop, {"container": quote_arg(self.slot.container), "port": quote_arg(self.slot.port)})
-        wide = len(self.slot.hosts) > 1 and (previous is None or len(previous.hosts) > 1)
-        return fill(LAUNCH_CLUSTER.stop, {"launch_dir": quote_path(self.config.settings["LAUNCH_DIR"]),
-                                          "stop_flags": ("" if wide else "--solo ") + "--name " + quote_arg(self.slot.container)})
-
-    def do_draining(self, s):
-        self.m.gate.hold(s.slot)
-        left = self.m.gate.drain(s.slot, self.left(s, "SWAP_DRAIN_SECONDS"), self.cancel)
-        if left:
-            self.log.add(f"{left} requests did not end within SWAP_DRAIN_SECONDS and will be cut")
-        previous = self.m.plan_of(s.slot) or s.previous
-        if previous and not s.previous:
-            answers = probe_vllm_endpoint(self.endpoint(), 2.0).served
-            if answers and not set(answers) & set(previous.served_names):
-                previous = None             # somebody replaced what we launched; it is not ours to bring back
-        self.m._enter("stopping", touched=True, previous=previous)
-
-    def do_stopping(self, s):
-        deadline = s.phase_began + self.config.settings["SWAP_STOP_TIMEOUT"]
-        needed = s.plan.hosts if s.plan else self.slot.hosts
-        self.stop_engine(s.previous, needed, deadline, self.cancel)
-        if s.plan is None:
-            self.m._observe(s.slot, Probe("silent", detail="unloaded"))
-            return self.m._conclude("ready", plans={s.slot: None})
-        self.wait_for_memory(s, deadline)
-        self.m._enter("launching", forget=(s.slot,))
-
-    def stop_engine(self, previous, needed, deadline, cancel):
-        """Stop what runs in the slot and see that it is gone. Raises Failed if it is not; Sparks not needed may be down."""
-        hosts, head = self.slot.hosts, self.slot.hosts[0]
-        room = lambda most: max(1.0, min(most, deadline - time.time()))
-        run = lambda host, script, most: self.m.hosts.run(host, script, room(most), cancel=cancel)
-        if self.slot.backend == "launch-cluster":
-            self.save_engine_log(run)
-            self.m.hosts.each(hosts, lambda h: run(h, retire_script(self.slot.container), 20))
-            # half of the time at most: what the launcher leaves is removed below all the same
-            got = run(head, self.stop_command(previous), self.config.settings["SWAP_STOP_TIMEOUT"] / 2)
-            if got.kind != "ok":
-                self.log.add(f"launch-cluster.sh stop: {got.kind}: {got.err.strip()[-300:] or got.out.strip()[-300:]}")
-            ends = self.m.hosts.each(hosts, lambda h: run(h, remove_script(self.slot.container), 1e9))
-        else:
-            ends = self.m.hosts.each(hosts, lambda h: run(h, self.stop_command(previous), 1e9))
-            for host, got in ends.items():
-                if got.kind == "failed":    # `docker rm -f` of nothing, say: whether it is gone is seen below
-                    self.log.add(f"{host}: the template's stop ended with {got.code}: {got.err.strip()[-300:]}")
-            ends = {h: got._replace(kind="ok") if got.kind == "failed" else got for h, got in ends.items()}
-        for host, got in ends.items():
-            if got.kind == "ok":
-                continue
-            what = f"{host}: {'the container ' + self.slot.container + ' is still there' if got.code == 4 else got.kind.replace('_', ' ')} {got.err.strip()[-200:]}"
-            if host in needed:
-                raise Failed("stop_failed", f"the old engine could not be stopped: {printable(what)}", remedy_for(got, self.config.sparks[host]) or "stop it by hand on that Spark")
-            self.log.add(f"warning: {what}")
-        self.wait_for_silence(deadline, cancel)
-
-    def save_engine_log(self, run):
-        """Keep the last lines of the engine's log: they die with its container."""
-        got = run(self.slot.hosts[0], f"docker logs -t --tail 5000 {quote_arg(self.slot.container)} 2>&1", 10)
-        if got.kind == "ok" and got.out.strip():
-            with contextlib.suppress(OSError):
-                write_atomic(os.path.join(self.m.dir, self.m.running().id + ".engine.log"), got.out[-(4 << 20):].encode())
-
-    def wait_for_silence(self, deadline, cancel):
-        """Until nothing answers on the slot's port and no engine process is left. Raises Failed, Cancelled."""
-        alive = fill(self.config.layout.backends[self.slot.backend].alive, {"container": quote_arg(self.slot.container), "port": quote_arg(self.slot.port)}) \
-            if self.slot.backend != "launch-cluster" else ""
-        while True:
-            probe = probe_vllm_endpoint(self.endpoint(), 1.0)
-            lives = bool(alive) and self.m.hosts.run(self.slot.hosts[0], f"a=$({alive}\n) 2>/dev/null && [ \"$a\" != false ]", 10, cancel=cancel).kind == "ok"
-            if probe.state == "silent" and not lives:
-                return
-            if time.time() >= deadline:
-                raise Failed("stop_failed", f"port {self.slot.port} still answers ({', '.join(probe.served[:2]) or probe.detail})" if probe.state != "silent"
-                             else "the old engine's process still lives", "stop it by hand on the Spark")
-            if (cancel or threading.Event()).wait(0.1):
-                raise Cancelled()
-
-    def wait_for_memory(self, s, deadline):
-        """The reclaim gate: launch only when every Spark used has the memory back and it has settled."""
-        samples = {host: [] for host in s.plan.hosts}
-        need_kb = 0 if "memory" in s.skip_checks or s.rollback_of else int(s.plan.need_gb * (1 << 20))
-        while True:
-            for host, got in self.m.hosts.each(samples, lambda h: self.on(h, "awk '/^MemAvailable:/ {print $2}' /proc/meminfo", 10)).items():
-                if got.out.strip().isdigit():
-                    samples[host].append((time.monotonic(), int(got.out)))
-            short = {h: v for h, v in samples.items() if v and not (reclaimed(v, need_kb) or self.was_empty and v[-1][1] >= need_kb)}
-            if not short:
-                return
-            if time.time() >= deadline:
-                host, values = next(iter(short.items()))
-                raise Failed("memory_not_released", f"{host} has {values[-1][1] / (1 << 20):.1f} GB available after the stop, and the model needs {s.plan.need_gb:.1f} GB",
-                             "see what else holds memory there, or lower gpu-memory-utilization")
-            self.m._update(text=f"Waiting for memory: {min(v[-1][1] for v in short.values()) / (1 << 20):.1f} GB available")
-            self.pause(0.25)
-
-    def do_launching(self, s):
-        head = s.plan.hosts[0]
-        while True:
-            got = self.on(head, gate_script(s.id, s.plan.launch), max(1.0, self.left(s, "SWAP_LAUNCH_TIMEOUT")))
-            if got.reached or self.left(s, "SWAP_LAUNCH_TIMEOUT") <= 0:
-                break
-            self.log.add(f"{head}: {got.kind.replace('_', ' ')}; trying again")     # the gate makes that safe
-            self.pause(0.5)
-        since, cause = "", None
-        for line in (got.out + "\n" + got.err).splitlines():
-            if line.startswith("since "):
-                since = line[6:].strip()
-            elif line.strip():
-                self.log.add(line)
-                signal_ = classify_log_line(line)
-                if signal_.kind == "fatal" and (cause is None or signal_.rank < cause.rank):
-                    cause = signal_
-        if got.kind == "time_out":
-            raise Failed("launch_timeout", f"the launcher did not end within {self.config.settings['SWAP_LAUNCH_TIMEOUT']:g} s (SWAP_LAUNCH_TIMEOUT)", "run its command by hand and see where it hangs")
-        if not got.reached:
-            raise Failed("unreachable", f"{head}: {got.kind.replace('_', ' ')}: {got.err.strip()[-200:]}", remedy_for(got, self.config.sparks[head]))
-        if cause:                           # the launcher ends with 0 whatever docker said
-            raise Failed(cause.code, f"launch failed: {cause.text}", cause.remedy)
-        if got.kind != "ok":
-            said = next((l for l in reversed((got.out + got.err).splitlines()) if l.strip() and not l.startswith("since ")), "")
-            raise Failed("launch_failed", f"the launcher ended with exit code {got.code}: {printable(said, 300)}", "run the launch command by hand (it is in the swap's commands)")
-        self.m._enter("loading", since=since)
-
-    def do_loading(self, s):
-        """Until the engine itself answers for this model; see _watch for what ends it early."""
-        up_at, next_probe = None, 0.0
-        while True:
-            said = self._watch(s, 0.05)
-            if said == "up":
-                up_at = up_at or time.monotonic()
-            now = time.monotonic()
-            if now >= next_probe:
-                probe = probe_vllm_endpoint(self.endpoint(), 1.0)
-                if s.model in probe.served or set(probe.served) & set(s.plan.served_names):
-                    return self.m._enter("warming")
-                if probe.served:
-                    raise Failed("port_taken", f"port {s.plan.port} answers for {probe.served[0]}, which is not this model", "stop what listens there, or give the slot another port")
-                next_probe = time.monotonic() + 0.15
-            if up_at and now - up_at > self.config.settings["SWAP_ANSWER_TIMEOUT"]:
-                raise Failed("not_answering", f"the engine says it is up, and port {s.plan.port} does not answer from here ({probe.detail})",
-                             "is a firewall between, or does a knob bind the engine to another address or port?")
-            if self.left(s, "SWAP_LOAD_TIMEOUT") <= 0:
-                raise Failed("load_timeout", f"not ready after {self.config.settings['SWAP_LOAD_TIMEOUT']:g} s (SWAP_LOAD_TIMEOUT)", "see the log for what it does; a larger limit, or a faster load-format")
-
-    def _watch(self, s, timeout_s):
-        """Take what the follower saw, turn it into progress; raises Failed as soon as the engine is known to fail."""
-        if self.follower is None:
-            self.follower = Follower(self.m.hosts, s.plan.hosts[0], s.plan, s.since)
-            self.cause, self.cause_at, self.dead, self.shown, self.usual_at = None, 0.0, None, 0.0, 0.0
-        said, until = None, time.monotonic() + timeout_s
-        while True:
-            if self.cancel.is_set():
-                raise Cancelled()
-            try:
-                kind, value = self.follower.events.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                break
-            if kind == "log":
-                said = self._heard(value) or said
-            elif kind == "dead":
-                self.dead = value
-            else:
-                self.log.add(f"-- contact with {s.plan.hosts[0]} {'lost: ' + value + '; trying again' if kind == 'lost' else 'is back'}")
-            if time.monotonic() >= until + 1:               # a flood of lines must not keep us from probing
-                break
-        now = time.monotonic()
-        if self.dead is not None or self.cause and now - self.cause_at > 0.7:
-            raise self._why_dead()
-        self._tell_progress(s, now)
-        return said
-
-    def _heard(self, line):
-        self.last_line = time.monotonic()
-        self.log.add(line)
-        heard = classify_log_line(line)
-        if heard.kind == "fatal":
-            self.cause_at = self.cause_at or self.last_line
-            if self.cause is None or heard.rank < self.cause.rank:
-                self.cause = heard
-        elif heard.kind == "progress":
-            self.heard = heard
-            return "up" if heard.fraction == 0.99 else None
-        return None
-
-    heard = Signal("none")
-
-    def _tell_progress(self, s, now):
-        """Publish progress when it changed, and the time left once a second."""
-        now_s = self.m.running()
-        fraction = max(now_s.fraction, self.heard.fraction if self.heard.kind == "progress" else 0.0)
-        text_ = self.heard.text or "Starting vLLM"
-        if now - self.usual_at < 1 and (fraction, text_) == (now_s.fraction, now_s.text):
-            return
-        durations = self.m.durations(s.model, getattr(self.config.models.get(s.model), "size_gb", 0))
-        eta, usual = estimate(dataclasses.replace(now_s, fraction=fraction), durations, time.time())
-        slower = bool(usual) and time.time() - s.phase_began > 1.5 * usual and now - self.last_line > 30
-        changed = {"fraction": fraction, "text": text_, "eta_seconds": eta, "usual_seconds": usual, "slower": slower}
-        self.usual_at = now
-        if any(getattr(now_s, k) != v for k, v in changed.items()):
-            self.m._update(**changed)
-
-    def _why_dead(self):
-        if self.cause and (self.cause.code != "engine_failed" or not self.dead):
-            return Failed(self.cause.code, self.cause.text, self.cause.remedy)
-        if self.dead == "gone":
-            return Failed("container_gone", "the engine's container vanished while it was loading", "did somebody stop it, or did docker restart?")
-        if self.dead == "137":
-            return Failed("out_of_memory", "the engine was killed (exit 137), most likely because memory ran out", "lower gpu-memory-utilization, or free memory on the Spark")
-        told = f" with exit code {self.dead}" if self.dead else ""
-        return Failed("engine_died", f"the engine's process ended{told} while it was loading", "the log's last lines may say why")
-
-    def do_warming(self, s):
-        """One tiny request, so that `ready` means: answers a prompt."""
-        done, held = queue.SimpleQueue(), []
-        body = {"model": s.model, "input": "Hello"} if s.plan.pooling else {"model": s.model, "prompt": "Hello", "max_tokens": 1}
-        path = "/v1/embeddings" if s.plan.pooling else "/v1/completions"
-
-        def ask():
-            try:
-                done.put(self.endpoint().request("POST", path, body, max(1.0, self.left(s, "SWAP_LAUNCH_TIMEOUT")), held.append))
-            except Exception as e:                          # told below, by the thread that decides
-                done.put((0, type(e).__name__.encode()))
-        threading.Thread(target=ask, name="warm", daemon=True).start()
-        try:
-            while done.empty():
-                self._watch(s, 0.02)
-            status, reply = done.get()
-        finally:
-            for connection in held:
-                with contextlib.suppress(OSError, AttributeError):
-                    connection.sock.shutdown(socket.SHUT_RDWR)
-        if status != 200:
-            self.log.add(f"{path} answered {status}: {reply[:300].decode('utf-8', 'replace')}")
-            raise Failed("warming_failed", f"the engine is up, and its first request failed ({path}: {f'HTTP {status}' if status else 'no answer'})",
-                         "the log's last lines may say why")
-        self.m._observe(s.slot, Probe("serving", s.plan.served_names))
-        self.m._conclude("ready", plans={s.slot: s.plan})
-
-    # --- ending badly
-
-    def clean_up(self, s):
-        """Leave no half-started engine. Returns the previous Plan if its engine turns out to serve still, else None."""
-        deadline = time.time() + self.config.settings["SWAP_STOP_TIMEOUT"]
-        if self.slot is None:
-            return None
-        if s.phase == "stopping" and s.previous and set(probe_vllm_endpoint(self.endpoint(), 1.0).served) & set(s.previous.served_names) \
-                and self.m.hosts.run(s.previous.hosts[0], f"a=$({s.previous.alive or ':'}\n) 2>/dev/null && [ \"$a\" != false ]", 10).kind == "ok":
-            return s.previous
-        if s.plan:
-            self.m.hosts.run(s.plan.hosts[0], ungate_script(s.id), 10)
-        try:
-            self.stop_engine(s.plan or s.previous, s.plan.hosts if s.plan else (), deadline, None)
-        except Failed as e:
-            self.log.add(f"-- clean-up: {e}")
-        self.m._observe(s.slot, probe_vllm_endpoint(self.endpoint(), 1.0))
-        return None
-
-
 # === 10 monitor ===============================================================
 # Who looks at Sparks and slots while no swap does, one thread each; what they saw last is all that others read.
 
@@ -2873,6 +2881,20 @@ def recv_watching(upstream, client, timeout_s):
                 poll.modify(client, select.POLLRDHUP)
 
 
+def _error_body(upstream, client, rest, length):
+    """An engine's error reply, passed on if it is OpenAI-shaped JSON, else one of ours."""
+    with contextlib.suppress(OSError, TimeoutError):
+        while len(rest) < min(1 << 20, length if length is not None else 1 << 20):
+            chunk = recv_watching(upstream, client, 5)
+            if not chunk:
+                break
+            rest += chunk
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        if isinstance(json.loads(rest)["error"], dict):
+            return rest
+    return json.dumps(Refused(502, "engine_error", "the engine answered with an error").body()).encode()
+
+
 def relay(client, endpoint, head, body, extra):
     """Send one request to the engine and its reply to the client as it comes -> (status, bytes, keep the client?).
 
@@ -2925,20 +2947,6 @@ def relay(client, endpoint, head, body, extra):
             raise ClientGone() from None        # TimeoutError too: an engine silent for so long, or a client that does not read
         whole = chunked and tail.endswith(b"0\r\n\r\n") or length is not None and sent >= length or status in (204, 304)
         return status, sent, bool(whole)        # a reply cut short is passed on cut short: the client's framing shows it
-
-
-def _error_body(upstream, client, rest, length):
-    """An engine's error reply, passed on if it is OpenAI-shaped JSON, else one of ours."""
-    with contextlib.suppress(OSError, TimeoutError):
-        while len(rest) < min(1 << 20, length if length is not None else 1 << 20):
-            chunk = recv_watching(upstream, client, 5)
-            if not chunk:
-                break
-            rest += chunk
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        if isinstance(json.loads(rest)["error"], dict):
-            return rest
-    return json.dumps(Refused(502, "engine_error", "the engine answered with an error").body()).encode()
 
 
 # === 12 http ==================================================================
@@ -3466,7 +3474,7 @@ class Handler(BaseHTTPRequestHandler):
         while True:
             self.buffer = self.buffer.lstrip(b"\r\n") if start else self.buffer
             end = self.buffer.find(b"\r\n\r\n")
-            if end >= 0:
+            if 0 <= end <= HEAD_MAX:
                 head, self.buffer = self.buffer[:end], self.buffer[end + 4:]
                 return head
             if len(self.buffer) > HEAD_MAX:

@@ -1,0 +1,4180 @@
+"""Tests of sparkctl, in the order of its sections; each name is a sentence that is true.
+
+Most start the real program, `python3 sparkctl.py`, on a free port with its state below tmp_path, against pretended
+Sparks: the rig at the end of this file is a fake ssh with launcher, docker and vLLM stand-ins that behave, and
+misbehave, as the real ones were seen to. Waits end on events and have limits; there is no network but loopback.
+Run: python3 -m pytest -q test_sparkctl.py
+"""
+import ast
+import base64
+import concurrent.futures
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import pwd
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import sparkctl as sc
+
+HERE = Path(sc.__file__).resolve().parent
+SOURCE = (HERE / "sparkctl.py").read_text()
+CI = os.environ.get("CI") == "true"
+
+
+def need(present, what):
+    """Skip a test where something optional is missing; in CI nothing may be missing."""
+    if not present:
+        (pytest.fail if CI else pytest.skip)(f"{what} is not installed")
+
+
+# === harness ==================================================================
+
+def until(check, seconds=20, what="what was waited for"):
+    """The first true value of check(), asked again and again for at most `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if got := check():
+            return got
+        time.sleep(0.02)
+    raise AssertionError(f"{what} did not come within {seconds} s")
+
+
+class Reply:
+    def __init__(self, status, headers, body):
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def code(self):
+        return self.json["error"]["code"]
+
+
+class Program:
+    """A running `python3 sparkctl.py`."""
+
+    def __init__(self, tmp_path, env=None, args=(), wait=True):
+        self.dir, self.env, self.args = tmp_path, env or {}, args
+        self.data = Path(self.env.get("SPARKCTL_DATA", tmp_path / "data"))
+        self.start(wait)
+
+    def start(self, wait=True):
+        clean = {k: v for k, v in os.environ.items() if k not in sc.SETTING}
+        self.log = open(self.dir / "sparkctl.log", "ab")
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "sparkctl.py"), "--port", "0", *self.args],
+            env={**clean, "SPARKCTL_DATA": str(self.data), "PYTHONFAULTHANDLER": "1", **self.env}, stdout=subprocess.PIPE, stderr=self.log, cwd="/")
+        if wait:
+            line = self.process.stdout.readline().decode()
+            assert line.startswith("sparkctl "), (line, (self.dir / "sparkctl.log").read_text()[-2000:])
+            self.port = int(re.search(r":(\d+)/", line)[1])
+        return self
+
+    def call(self, method, path, body=None, headers=None, timeout=60):
+        c = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            if body is not None and not isinstance(body, (bytes, str)):
+                body = json.dumps(body)
+            c.request(method, path, body, headers or {})
+            r = c.getresponse()
+            return Reply(r.status, r.headers, r.read())
+        finally:
+            c.close()
+
+    def get(self, path, **more):
+        return self.call("GET", path, **more)
+
+    def post(self, path, body=None, **more):
+        return self.call("POST", path, {} if body is None else body, **more)
+
+    def swap(self, model, wait=60, **body):
+        return self.post(f"/api/swap?wait={wait}", {"model": model, **body})
+
+    def idle(self):
+        """Wait until no swap runs -> recent swaps, newest first."""
+        return until(lambda: not (got := self.get("/api/swap").json)["running"] and got["recent"], what="the end of all swaps")
+
+    def running(self):
+        return self.get("/api/swap").json["running"]
+
+    def phase(self, *wanted):
+        """Wait until the running swap is in one of these phases -> the swap."""
+        return until(lambda: (s := self.running()) and s["phase"] in wanted and s, what=f"phase {wanted}")
+
+    def journaled(self, phase):
+        """Wait until the journal says that the running swap is in that phase."""
+        until(lambda: (json.loads((self.data / "swap.json").read_text())["running"] or {}).get("phase") == phase, what=f"journal of {phase}")
+
+    def kill(self, number=signal.SIGKILL):
+        self.process.send_signal(number)
+        try:
+            code = self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)        # PYTHONFAULTHANDLER tells where its threads are
+            self.process.wait(5)
+            raise AssertionError("did not end: " + self.said()[-6000:]) from None
+        self.process.stdout.close()
+        self.log.close()
+        return code
+
+    def restart(self, number=signal.SIGKILL):
+        self.kill(number)
+        return self.start()
+
+    def said(self):
+        return (self.dir / "sparkctl.log").read_text()
+
+
+CATALOG = """
+models:
+  alpha: {repo: org/alpha, aliases: [gpt-4o], knobs: {max-model-len: 4096, gpu-memory-utilization: 0.5}}
+  beta: {repo: org/beta, knobs: {gpu-memory-utilization: 0.5}}
+  wide: {repo: org/wide, mode: cluster, knobs: {gpu-memory-utilization: 0.5}}
+  tuned: {local_path: LOCAL, knobs: {gpu-memory-utilization: 0.5}}
+  fancy: {repo: org/fancy, args: [--override-generation-config, '{"temperature": 1.0}'], env: {SAY: "it's $HOME; `id`"}, knobs: {gpu-memory-utilization: 0.5}}
+"""
+MEMINFO = "MemTotal:       127600000 kB\nMemFree:         2000000 kB\nMemAvailable:   120000000 kB\n"
+
+
+@pytest.fixture
+def rig(tmp_path):
+    r = Rig(tmp_path)
+    for spark in r.sparks:
+        r.control(spark, "meminfo", MEMINFO)
+        r.control(spark, "launcher_sleep", 0)
+        r.control(spark, "stop_delay", 0.05)
+        r.behave(spark, "*", load=0.3)
+        for repo in ("org/alpha", "org/beta", "org/wide", "org/fancy"):
+            r.weights(spark, repo)
+    r.local = r.local_model("spark1", "models/tuned")
+    r.port = r.free_port("spark1")
+    yield r
+    r.close()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start programs that end with the test."""
+    programs = []
+
+    def go(env=None, args=(), **more):
+        programs.append(Program(tmp_path, env, args, **more))
+        return programs[-1]
+    yield go
+    for p in programs:
+        if p.process.poll() is None:
+            p.kill()
+
+
+def rig_env(rig, tmp_path, **more):
+    (tmp_path / "models.yaml").write_text(CATALOG.replace("LOCAL", str(rig.local)))
+    (tmp_path / "services.yaml").touch()
+    return {"PATH": f"{rig.bin}:{os.environ['PATH']}", "SPARK1_HOST": "spark1", "SPARK2_HOST": "spark2", "VLLM_PORT": str(rig.port),
+            "LOCAL_MODEL_ROOTS": str(tmp_path), "POLL_SECONDS": "1", "SWAP_DRAIN_SECONDS": "5", "SWAP_STOP_TIMEOUT": "6",
+            "TMPDIR": "/tmp", **more}
+
+
+@pytest.fixture
+def two(rig, start, tmp_path):
+    """sparkctl in charge of two pretended Sparks, serving nothing yet."""
+    p = start(rig_env(rig, tmp_path), args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    p.rig = rig
+    return p
+
+
+def serves(program):
+    return program.get("/api/state").json["slots"][0]
+
+
+def errors_of(swap):
+    return swap["error"]["code"], swap["error"]["message"], swap["error"]["remedy"]
+
+
+# === 10 monitor ===============================================================
+
+def test_a_spark_that_dies_and_comes_back_is_told_and_costs_only_its_own_tile(two):
+    state = lambda: {s["name"]: s for s in two.get("/api/state").json["sparks"]}
+    until(lambda: {s["state"] for s in state().values()} == {"ok"})
+    assert state()["spark1"]["memory"] == {"total_gb": 121.7, "available_gb": 114.4}
+    two.rig.control("spark2", "down")
+    dead = until(lambda: (s := state()["spark2"])["state"] == "unreachable" and s, 40)
+    assert "unreachable" in dead["detail"] and dead["remedy"] and state()["spark1"]["state"] == "ok"
+    two.rig.clear("spark2", "down")
+    until(lambda: state()["spark2"]["state"] == "ok", 40)
+
+
+# === 11 data path =============================================================
+
+def test_what_is_served_is_listed_under_all_its_names(two):
+    assert two.get("/v1/models").json == {"object": "list", "data": []}
+    assert two.swap("alpha").status == 200
+    assert [c["id"] for c in two.get("/v1/models").json["data"]] == ["alpha", "org/alpha", "gpt-4o"]
+
+
+def test_chat_and_completions_reach_the_engine_unchanged_and_without_our_key(rig, start, tmp_path):
+    p = start(rig_env(rig, tmp_path, SPARKCTL_API_KEY="ours", VLLM_API_KEY="engines"), args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    auth = {"Authorization": "Bearer ours"}
+    assert p.post("/api/swap?wait=60", {"model": "alpha"}, headers=auth).status == 200
+    body = {"model": "gpt-4o", "messages": [{"role": "user", "content": "grüße 日本"}], "temperature": 0.1}
+    got = p.post("/v1/chat/completions", body, headers=auth)
+    assert got.status == 200 and "grüße 日本" in got.json["choices"][0]["message"]["content"]
+    until(lambda: rig.requests("spark1")[-1]["body"] == body)
+    assert p.post("/v1/chat/completions", body).status == 401
+    assert p.post("/v1/chat/completions", body, headers={"Authorization": "Bearer engines"}).status == 401
+
+
+def test_a_stream_arrives_as_it_is_written_and_ends_where_it_ends(two):
+    assert two.swap("alpha").status == 200
+    two.rig.behave("spark1", "alpha", tokens=10, token_delay=0.05)
+    body = json.dumps({"model": "alpha", "stream": True, "messages": [{"role": "user", "content": "x"}]}).encode()
+    with socket.create_connection(("127.0.0.1", two.port), 10) as sock:
+        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        arrivals, data = [], b""
+        while not data.endswith(b"0\r\n\r\n"):
+            data += sock.recv(65536)
+            arrivals.append(time.monotonic())
+        assert data.count(b"data: ") >= 10 and b"data: [DONE]" in data
+        assert len(arrivals) >= 8, "the stream was gathered up instead of passed on"
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")        # the connection goes on
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_that_goes_away_ends_the_engines_work(two):
+    assert two.swap("alpha").status == 200
+    with held_request(two, seconds=30):
+        pass
+    until(lambda: [r for r in two.rig.requests("spark1") if r.get("aborted")], 3)
+
+
+def test_an_engine_that_dies_in_mid_stream_is_seen_to_have_died(two):
+    assert two.swap("alpha").status == 200
+    with held_request(two, seconds=30) as sock:
+        two.rig.kill_engine("spark1")
+        data = b""
+        sock.settimeout(10)
+        while chunk := sock.recv(65536):
+            data += chunk
+        assert not data.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("model,status,code", [("nope", 404, "model_not_found"), ("beta", 503, "model_not_serving"), (7, 422, "bad_field")])
+def test_a_request_for_what_is_not_served_is_told_so(two, model, status, code):
+    got = two.post("/v1/completions", {"model": model, "prompt": "x"})
+    assert (got.status, got.code) == (status, code)
+    assert (got.headers["Retry-After"] is not None) == (status == 503)
+
+
+def test_an_engine_error_passes_through_and_a_dead_engine_gets_a_neutral_one(two):
+    assert two.swap("alpha").status == 200
+    got = two.post("/v1/completions", {"model": "alpha", "prompt": "x", "max_tokens": 10**9})
+    assert got.status == 400 and "max_model_len" in got.json["error"]["message"]
+    two.rig.kill_engine("spark1")
+    got = two.post("/v1/completions", {"prompt": "x"})
+    assert got.status == 502 and got.code in ("engine_unreachable", "engine_failed")
+    assert "127.0.0.1" not in got.json["error"]["message"] and "Error" not in got.json["error"]["message"]
+
+
+# === 12 http ==================================================================
+
+@pytest.fixture
+def bare(start, tmp_path):
+    """sparkctl with no Spark and an empty catalog."""
+    (tmp_path / "none.yaml").touch()
+    return start({"MAX_BODY_MB": "1"}, args=("--models", str(tmp_path / "none.yaml"), "--services", str(tmp_path / "none.yaml")))
+
+
+def test_with_nothing_configured_it_says_what_to_do(bare):
+    got = bare.post("/api/swap", {"model": "x"})
+    assert (got.status, got.code) == (404, "unknown_model")
+    assert bare.post("/api/unload").code == "no_slots"
+    assert bare.post("/v1/completions", {"prompt": "x"}).code == "no_slots"
+    assert bare.get("/api/state").json["models"] == []
+
+
+@pytest.mark.parametrize("method,path,body,status,code,words", [
+    ("GET", "/api/stat", None, 404, "not_found", "did you mean /api/state?"),
+    ("GET", "/api/models/alpa", None, 404, "unknown_model", "did you mean alpha?"),
+    ("POST", "/api/swap", {"model": "alpa"}, 404, "unknown_model", "did you mean alpha?"),
+    ("POST", "/api/swap", {}, 422, "bad_field", "model is needed"),
+    ("POST", "/api/swap", {"model": 7}, 422, "bad_field", "model must be text"),
+    ("POST", "/api/swap", {"model": "alpha", "slott": "x"}, 422, "unknown_field", "did you mean slot?"),
+    ("POST", "/api/swap", {"model": "alpha", "slot": "x"}, 404, "unknown_slot", "no slot x"),
+    ("POST", "/api/swap", {"model": "alpha", "dry_run": "yes"}, 422, "bad_field", "dry_run must be a bool"),
+    ("POST", "/api/swap", {"model": "alpha", "skip_checks": ["reachable"]}, 422, "bad_field", "skip_checks must be a list of launcher"),
+    ("POST", "/api/swap?wait=-1", {"model": "alpha"}, 422, "bad_field", "wait must be seconds"),
+    ("POST", "/api/swap?wiat=1", {"model": "alpha"}, 422, "unknown_field", "did you mean wait?"),
+    ("GET", "/api/state?wait=56", None, 422, "bad_field", "wait must be seconds from 0 to 55"),
+    ("GET", "/api/swap/nope", None, 404, "unknown_swap", "no swap nope"),
+    ("DELETE", "/api/swap/nope", None, 404, "unknown_swap", "no swap nope"),
+    ("PUT", "/api/swap", {}, 405, "method_not_allowed", "use GET, HEAD, POST"),
+    ("GET", "/v1/chat/completions", None, 405, "method_not_allowed", "use POST"),
+    ("POST", "/api/swap", b'{"model": "a", "model": "b"}', 400, "bad_json", "given twice"),
+    ("POST", "/api/swap", b'{"model": ', 400, "bad_json", "not JSON"),
+    ("POST", "/api/swap", b'{"model": NaN}', 400, "bad_json", "NaN is not JSON"),
+    ("POST", "/api/swap", b"[" * 50000, 400, "bad_json", "nested too deeply"),
+    ("POST", "/api/swap", b"\xff\xfe", 400, "bad_json", "not UTF-8"),
+    ("POST", "/api/swap", b"[1]", 400, "bad_json", "must be a JSON object"),
+    ("POST", "/v1/completions", b"[1]", 400, "bad_json", "must be a JSON object"),
+])
+def test_bad_input_gets_a_clear_error_and_changes_nothing(two, method, path, body, status, code, words):
+    got = two.call(method, path, body)
+    assert (got.status, got.code) == (status, code), got.body
+    assert words in got.json["error"]["message"] and got.json["error"]["type"] == "invalid_request_error"
+    assert got.headers["X-Request-Id"]
+    if status == 405:
+        assert got.headers["Allow"] == words[4:]
+    assert two.get("/api/swap").json == {"running": None, "recent": []}
+
+
+def raw(port, data, seconds=5, end=True):
+    """Send bytes, read until the server closes or is silent for long -> bytes."""
+    with socket.create_connection(("127.0.0.1", port), seconds) as sock:
+        sock.settimeout(seconds)
+        got = b""
+        with contextlib.suppress(OSError):
+            sock.sendall(data)
+            if end:
+                sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):
+            while chunk := sock.recv(65536):
+                got += chunk
+        return got
+
+
+@pytest.mark.parametrize("data,status", [
+    (b"GET / HTTP/1.1\nHost: localhost\n\n\r\n\r\n", 400),
+    (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nA: b\nC: d\r\n\r\n", 400),
+    (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nA: b\r\n folded\r\n\r\n", 400),
+    (b"GET /healthz HTTP/1.1\r\nHost : localhost\r\n\r\n", 400),
+    (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n", 400),
+    (b"GET /healthz HTTP/2.0\r\nHost: localhost\r\n\r\n", 400),
+    (b"GET http://evil/ HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+    (b"POST /api/swap HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400),
+    (b"POST /api/swap HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}", 400),
+    (b"POST /api/swap HTTP/1.1\r\nHost: localhost\r\nContent-Length: +2\r\n\r\n{}", 400),
+    (b"POST /api/swap HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 400),
+    (b"POST /api/swap HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0x2\r\n{}\r\n0\r\n\r\n", 400),
+    (b"POST /api/swap HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}XX0\r\n\r\n", 400),
+    (b"POST /api/swap HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 422),
+    (b"POST /api/swap HTTP/1.1\r\nHost: localhost\r\nContent-Length: 104857600\r\n\r\n", 413),
+    (b"POST /api/swap HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n6400000\r\n", 413),
+    (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431),
+    (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nA: " + b"b" * 40000 + b"\r\n\r\n", 431),
+    (b"GET /healthz HTTP/1.0\r\n\r\n", 200),
+    (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", 200),
+])
+def test_a_malformed_or_oversized_request_is_refused_and_the_connection_closed(bare, data, status):
+    got = raw(bare.port, data)
+    assert got.startswith(b"HTTP/1.1 %d " % status), got[:200]
+    assert got.count(b"HTTP/1.1 ") == 1
+    if status in (400, 413, 431):
+        assert b"\r\nConnection: close\r\n" in got
+
+
+def test_expect_100_continue_is_answered_and_a_pipelined_request_too(bare):
+    head = b"POST /api/swap HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", bare.port), 5) as sock:
+        sock.sendall(head)
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b"{}")
+        assert sock.recv(4096).startswith(b"HTTP/1.1 422 ")
+    two_at_once = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2
+    assert raw(bare.port, two_at_once).count(b"HTTP/1.1 200 ") == 2
+
+
+def test_head_is_get_without_the_body(bare):
+    got = raw(bare.port, b"HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    head, _, body = got.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and b"Content-Length: 3" in head and body == b""
+
+
+@pytest.mark.parametrize("host,ok", [
+    ("localhost:9999", True), ("127.0.0.1", True), ("[::1]:9999", True), ("192.168.1.5:80", True), ("spark-ctl.local", True), ("named.example", True),
+    ("evil.example", False), ("localhost.evil.example", False), ("", False), ("x.local.evil.com", False), ("127.0.0.1.evil.com", False),
+])
+def test_only_our_own_names_are_answered_to(host, ok):
+    assert sc.host_allowed(host, ("named.example",)) is ok
+
+
+def test_a_refused_host_is_421_even_for_the_page(bare):
+    assert bare.get("/", headers={"Host": "evil.example"}).status == 421
+    assert bare.get("/healthz", headers={"Host": socket.gethostname()}).status == 200
+
+
+@pytest.mark.parametrize("headers,status", [
+    ({}, 404), ({"Sec-Fetch-Site": "same-origin"}, 404), ({"Sec-Fetch-Site": "none"}, 404),
+    ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403),
+    ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost:1"}, 403),
+    ({"Origin": "http://localhost:{port}"}, 404), ({"Origin": "http://localhost:{port}", "Sec-Fetch-Site": "cross-site"}, 403),
+])
+def test_a_page_of_another_origin_may_not_write(bare, headers, status):
+    headers = {k: v.format(port=bare.port) for k, v in headers.items()} | {"Host": f"localhost:{bare.port}"}
+    assert bare.post("/api/swap", {"model": "x"}, headers=headers).status == status
+
+
+def test_with_a_key_set_only_the_page_and_healthz_are_open(start, tmp_path):
+    p = start({"SPARKCTL_API_KEY": "k3y"})
+    assert [p.get(path).status for path in ("/healthz", "/")] == [200, 200]
+    assert [p.get(path).status for path in ("/api/state", "/api/nothing", "/v1/models", "/api/swap/x/stream")] == [401] * 4
+    assert p.get("/api/state", headers={"Authorization": "Bearer wrong"}).code == "key_refused"
+    assert p.get("/api/state", headers={"Authorization": "Bearer k3y"}).status == 200
+    assert "k3y" not in p.said()
+
+
+def test_the_page_is_served_with_a_strict_policy_whose_hashes_are_its_own(bare):
+    got = bare.get("/")
+    policy = got.headers["Content-Security-Policy"]
+    assert "unsafe-inline" not in policy and "default-src 'none'" in policy
+    for tag in ("script", "style"):
+        [content] = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), got.body, re.S)
+        assert base64.b64encode(hashlib.sha256(content).digest()).decode() in policy
+    for pattern in (r"innerHTML", r"insertAdjacentHTML", r"\son\w+=\"", r"\sstyle=\"", r"(?<!xmlns=\")https?://(?!127|localhost|www\.w3\.org/)[\w.]+"):
+        assert not re.search(pattern, got.body.decode()), pattern
+
+
+def test_a_long_poll_parks_until_something_changes_and_answers_then(two):
+    version = two.get("/api/state").json["version"]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        parked = pool.submit(two.get, f"/api/state?since={version}&wait=30")
+        until(lambda: two.get("/api/state").json["version"] != version or two.post("/api/swap", {"model": "alpha", "dry_run": True}))
+        assert parked.result(10).json["version"] != version
+    newest = two.get("/api/swap").json["recent"]
+    assert two.get("/api/state?since=another-boot.7&wait=30").json["version"]
+    assert newest is not None
+
+
+def test_a_swap_can_be_waited_for_by_change_and_to_its_end(two):
+    two.rig.behave("spark1", "alpha", load=1)
+    swap = two.post("/api/swap", {"model": "alpha"}).json
+    later = two.get(f"/api/swap/{swap['id']}?since={swap['seq']}&wait=10").json
+    assert later["seq"] > swap["seq"]
+    assert two.get(f"/api/swap/{swap['id']}?wait=30").json["phase"] == "ready"
+    late = two.post("/api/swap?wait=0", {"model": "beta"})
+    assert late.status == 504 and late.json["still_running"] is True
+
+
+def test_an_already_served_model_is_409_or_200_for_whoever_waits_and_restart_loads_it_again(two):
+    first = two.swap("alpha").json
+    got = two.post("/api/swap", {"model": "alpha"})
+    assert (got.status, got.code) == (409, "already_serving")
+    got = two.swap("alpha")
+    assert got.status == 200 and got.json["already_serving"] is True and got.json["phase"] == "ready" and got.json["id"] == first["id"]
+    assert two.swap("alpha", restart=True).json["id"] != first["id"]
+
+
+def events_of(program, path, last=None):
+    got = program.get(path, headers={"Last-Event-ID": last} if last else {})
+    out = []
+    for block in got.body.decode().split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n") if ": " in line and not line.startswith(":"))
+        if "event" in fields:
+            out.append((fields["event"], fields["id"], json.loads(fields["data"])))
+    return got.status, out
+
+
+def test_the_stream_of_a_swap_has_phases_log_progress_and_an_end_and_resumes_exactly(two):
+    swap = two.post("/api/swap", {"model": "alpha"}).json
+    status, events = events_of(two, f"/api/swap/{swap['id']}/stream")
+    kinds = [e[0] for e in events]
+    assert status == 200 and kinds[-1] == "end" and {"phase", "log", "progress"} <= set(kinds)
+    assert [e[2]["phase"] for e in events if e[0] == "phase"] == ["queued", "checking", "draining", "stopping", "launching", "loading", "warming", "ready"]
+    logged = [e[2]["n"] for e in events if e[0] == "log"]
+    assert logged == list(range(1, len(logged) + 1)) and events[-1][2]["phase"] == "ready"
+    middle = [e for e in events if e[0] == "log"][len(logged) // 2]
+    _, rest = events_of(two, f"/api/swap/{swap['id']}/stream", middle[1])
+    assert [e[2]["n"] for e in rest if e[0] == "log"] == logged[len(logged) // 2 + 1:]
+    assert events_of(two, f"/api/swap/{swap['id']}/stream", events[-1][1]) == (204, [])
+
+
+def test_the_history_and_the_logs_survive_a_restart(two):
+    swap = two.swap("alpha").json
+    before = events_of(two, f"/api/swap/{swap['id']}/stream")
+    two.restart(signal.SIGTERM)
+    after = two.get(f"/api/swap/{swap['id']}").json
+    assert after == swap
+    assert [e[2] for e in events_of(two, f"/api/swap/{swap['id']}/stream")[1] if e[0] == "log"] == [e[2] for e in before[1] if e[0] == "log"]
+    assert any(e["kind"] == "swap_complete" for e in two.get("/api/events").json["events"])
+
+
+def test_every_request_leaves_one_line_without_secrets_in_the_log(start, tmp_path):
+    p = start({"SPARKCTL_API_KEY": "k3y"})
+    got = p.get("/api/state?since=s3cret&wait=0", headers={"Authorization": "Bearer k3y"})
+    line = until(lambda: [l for l in p.said().splitlines() if got.headers["X-Request-Id"] in l])
+    assert len(line) == 1 and "GET /api/state 200" in line[0] and "s3cret" not in line[0] and "k3y" not in p.said()
+
+
+def test_the_sixth_hundred_connection_is_told_to_come_back(bare):
+    socks = []
+    try:
+        for _ in range(sc.CONNECTIONS_MAX + 5):
+            socks.append(socket.create_connection(("127.0.0.1", bare.port), 5))
+        socks[-1].settimeout(5)
+        assert socks[-1].recv(4096).startswith(b"HTTP/1.1 503 ")
+    finally:
+        for s in socks:
+            s.close()
+    until(lambda: raw(bare.port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 200"))
+
+
+# === 13 demo ==================================================================
+
+def test_the_demo_shows_a_swap_a_failure_with_rollback_and_answers_chat(start, tmp_path):
+    p = start(args=("--demo",))
+    state = p.get("/api/state").json
+    assert [s["state"] for s in state["slots"]] == ["empty"] and len(state["sparks"]) == 2 and state["warnings"] == []
+    assert {m["mode"] for m in state["models"]} == {"solo", "cluster"} and any("local_path" in m for m in state["models"])
+    assert p.swap("tiny-chat").status == 200
+    got = p.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello there"}]})
+    assert "hello there" in got.json["choices"][0]["message"]["content"]
+    failed = p.swap("too-greedy")
+    assert failed.status == 502 and errors_of(failed.json)[0] == "out_of_memory"
+    assert p.idle()[0]["rollback_of"] == failed.json["id"]
+    for model in ("wide-chat", "house-style"):
+        assert p.swap(model).status == 200
+    engine = int(re.search(r"pid=(\d+)", (next(Path(p.dir).glob("data/engines-*/demo-engine.log"), None) or Path(find_log(p))).read_text())[1])
+    p.kill()
+    until(lambda: not alive(engine), what="the end of the engine after its sparkctl")
+
+
+def find_log(program):
+    """The demo's engine log: its directory is in the slot's command line."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if f"SPARKCTL_DEMO_PID={program.process.pid}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                for fd in (1, 2):
+                    target = os.readlink(f"/proc/{pid}/fd/{fd}")
+                    if target.endswith("demo-engine.log"):
+                        return target
+    raise AssertionError("no demo engine runs")
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# === 14 command line ==========================================================
+
+def run_once(*args, env=None, timeout=20):
+    clean = {k: v for k, v in os.environ.items() if k not in sc.SETTING}
+    return subprocess.run([sys.executable, str(HERE / "sparkctl.py"), *args], env={**clean, **(env or {})}, capture_output=True, text=True, timeout=timeout)
+
+
+def test_a_port_in_use_is_one_line_and_exit_2(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        got = run_once("--port", str(s.getsockname()[1]), "--data", str(tmp_path))
+    assert got.returncode == 2 and "Address already in use" in got.stderr and got.stderr.count("\n") == 1
+
+
+def test_a_data_directory_that_cannot_be_used_is_one_line_and_exit_2(tmp_path):
+    (tmp_path / "file").touch()
+    got = run_once("--data", str(tmp_path / "file" / "data"))
+    assert got.returncode == 2 and "data directory" in got.stderr and got.stderr.count("\n") == 1
+
+
+def test_root_on_an_open_address_is_refused_unless_told(tmp_path):
+    if os.geteuid():
+        assert "root" not in run_once("check").stderr
+        return
+    got = run_once("--bind", "0.0.0.0", "--port", "0", "--data", str(tmp_path))
+    assert got.returncode == 2 and "--allow-root" in got.stderr
+
+
+def test_without_pyyaml_one_line_says_what_to_install(tmp_path):
+    (tmp_path / "yaml.py").write_text("raise ImportError")
+    got = run_once(env={"PYTHONPATH": str(tmp_path)})
+    assert got.returncode == 1 and "apt-get install -y python3-yaml" in got.stderr and got.stderr.count("\n") == 1
+
+
+def test_sigterm_lets_a_reply_in_flight_end_and_leaves_the_engine_running(two):
+    assert two.swap("alpha").status == 200
+    two.rig.behave("spark1", "alpha", tokens=30, token_delay=0.05)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(two.post, "/v1/chat/completions", {"model": "alpha", "stream": True, "messages": [{"role": "user", "content": "x"}]})
+        until(lambda: serves(two)["in_flight"] == 1)
+        assert two.kill(signal.SIGTERM) == 0
+        assert b"[DONE]" in reply.result(10).body
+    assert len(two.rig.engines("spark1")) == 1
+
+
+# === a real sshd ==============================================================
+
+@pytest.fixture
+def sshd(rig, tmp_path, monkeypatch):
+    """A real sshd on loopback, whose logins land in the rig's spark1; ~/.ssh/config gives it an alias."""
+    program = shutil.which("sshd") or "/usr/sbin/sshd"
+    need(os.path.exists(program) and shutil.which("ssh-keygen"), "openssh-server")
+    home = tmp_path / "ssh"
+    home.mkdir(mode=0o700)
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / name)], check=True, timeout=20)
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    env = rig.env("spark1")
+    setenv = " ".join(f"{k}={sc.quote_arg(v)}" for k, v in env.items() if k.startswith(("RIG", "SPARK_ADDRESS")) or k in ("HOME", "PATH"))
+    (home / "sshd_config").write_text(textwrap.dedent(f"""
+        Port {port}
+        ListenAddress 127.0.0.1
+        HostKey {home}/host
+        AuthorizedKeysFile {home}/user.pub
+        PidFile none
+        StrictModes no
+        UsePAM no
+        PasswordAuthentication no
+        ForceCommand cd {env['HOME']}; exec env {setenv} sh -c "$(printf '%s' "$SSH_ORIGINAL_COMMAND" | sed 's|/proc/meminfo|{rig.spark('spark1')}/meminfo|g')"
+        """))
+    (home / "known_hosts").write_text(f"[127.0.0.1]:{port} {(home / 'host.pub').read_text()}")
+    (home / "config").write_text(textwrap.dedent(f"""
+        Host my-spark
+          HostName 127.0.0.1
+          Port {port}
+          User {pwd.getpwuid(os.getuid()).pw_name}
+          IdentityFile {home}/user
+          IdentitiesOnly yes
+          UserKnownHostsFile {home}/known_hosts
+        Host stranger
+          HostName 127.0.0.1
+          Port {port}
+          IdentityFile {home}/user
+          UserKnownHostsFile /dev/null
+        """))
+    # ssh takes its configuration from the passwd entry's home, not from $HOME: hand it over on the command line
+    real = shutil.which("ssh")
+    (home / "bin").mkdir()
+    (home / "bin/ssh").write_text(f'#!/bin/sh\nexec {real} -F {home}/config "$@"\n')
+    (home / "bin/ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")
+    if os.geteuid() == 0:
+        os.makedirs("/run/sshd", exist_ok=True)
+    server = subprocess.Popen([program, "-D", "-e", "-f", str(home / "sshd_config")], stderr=open(home / "sshd.log", "wb"))
+    until(lambda: "Server listening" in (home / "sshd.log").read_text())
+    server.home = home
+    server.path = f"{home / 'bin'}:{os.environ['PATH']}"
+    yield server
+    server.terminate()
+    server.wait(10)
+
+
+def test_over_a_real_sshd_calls_are_multiplexed_and_failures_told_apart(sshd):
+    hosts = sc.Hosts([sc.Spark("spark1", "my-spark"), sc.Spark("spark2", "stranger"), sc.Spark("spark3", "my-spark", "nobody-there")])
+    try:
+        assert hosts.run("spark2", "true", 10).kind == "unknown_host_key"       # first: a shared connection needs no key
+        assert hosts.address("spark1") == "127.0.0.1"
+        for i in range(5):
+            assert hosts.run("spark1", f"echo {i}; cat", 10, stdin=b"in").out == f"{i}\nin"
+        assert (sshd.home / "sshd.log").read_text().count("Accepted publickey") == 1
+        assert hosts.run("spark3", "true", 10).kind == "refused_login"
+        [control] = os.listdir(hosts.control_dir)
+        stale = os.path.join(hosts.control_dir, control)
+        subprocess.run(["pkill", "-9", "-f", f"ssh: {stale}"], timeout=5, check=True)       # the master dies without its socket
+        until(lambda: not subprocess.run(["pgrep", "-f", f"ssh: {stale}"], capture_output=True, timeout=5).stdout)
+        assert hosts.run("spark1", "echo healed", 10).out == "healed\n"
+        assert hosts.run("spark1", "echo again", 10).out == "again\n"
+        assert (sshd.home / "sshd.log").read_text().count("Accepted publickey") <= 3
+    finally:
+        hosts.close()
+
+
+def test_a_whole_swap_runs_over_a_real_sshd(rig, sshd, start, tmp_path):
+    env = rig_env(rig, tmp_path, SPARK1_HOST="my-spark", SPARK2_HOST="", PATH=sshd.path)
+    p = start(env, args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    rig.cluster("spark1", "spark1")
+    got = p.swap("alpha")
+    assert got.status == 200, got.json["error"]
+    got = p.swap("fancy")
+    assert got.status == 200, got.json["error"]
+    assert p.post("/v1/completions", {"model": "fancy", "prompt": "x"}).status == 200
+    assert (sshd.home / "sshd.log").read_text().count("Accepted publickey") <= 3
+    p.kill(signal.SIGTERM)
+
+
+# === the page, in a real browser ==============================================
+
+@pytest.fixture
+def browser():
+    """Headless Chromium over its DevTools pipe would be more code than a driver; playwright drives Debian's own."""
+    playwright = pytest.importorskip("playwright.sync_api") if not CI else __import__("playwright.sync_api").sync_api
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    need(program, "chromium")
+    with playwright.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"])
+        yield chromium
+        chromium.close()
+
+
+def open_page(browser, program, **context):
+    page = browser.new_context(**context).new_page()
+    page.errors = []
+    page.on("pageerror", lambda e: page.errors.append(str(e)))
+    page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" and "Failed to load resource" not in m.text and "ERR_" not in m.text else None)
+    page.goto(f"http://127.0.0.1:{program.port}/")
+    return page
+
+
+# === README ===================================================================
+
+README = (HERE / "README.md").read_text()
+
+
+def test_the_readmes_table_of_settings_is_the_codes():
+    rows = [f"| `{s.name}` | {f'`{s.default}`' if s.default else ''} | {s.help}{' (secret)' if s.secret else ''} |"
+            for s in sc.SETTINGS if not re.match(r"SPARK[2-8]_", s.name)]
+    assert "\n".join(["| setting | default | meaning |", "| --- | --- | --- |", *rows]) + "\n" in README
+
+
+def test_the_readmes_transitions_are_the_codes_and_its_routes_exist():
+    assert "\n".join(sc.transitions_as_text()) in README
+    told = set(re.findall(r"`(GET|POST|DELETE|PUT) (/[^`?\s]*)", README[README.index("| route |"):README.index("## A swap")]))
+    real = {(r.method, r.path) for r in sc.ROUTES} | {("POST", p) for p in sc.PROXIED}
+    assert told == real
+
+
+def test_the_readmes_example_files_load_without_a_problem():
+    models, services = (yaml.load(block, sc.LoudLoader) for block in re.findall(r"```yaml\n(.*?)```", README, re.S))
+    settings = sc.parse_settings({})
+    assert sc.parse_catalog(models, {}, settings["LOCAL_MODEL_ROOTS"])[1] == []
+    assert sc.parse_layout(services, TWO, settings)[1] == []
+
+
+# === the file itself ==========================================================
+
+def forward_refs(source):
+    """Top-level names used inside a block that stands above their definition."""
+    tree, defined, out = ast.parse(source), {}, set()
+    for node in tree.body:
+        found = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else \
+            [n.id for t in getattr(node, "targets", [getattr(node, "target", None)]) if t for n in ast.walk(t) if isinstance(n, ast.Name)] \
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) else []
+        for name in found:
+            defined.setdefault(name, node.lineno)
+    for node in tree.body:
+        owner = getattr(node, "name", None)
+        local = {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
+        local |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} if owner else set()
+        out |= {(owner, n.id) for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+                and defined.get(n.id, 0) > node.lineno and n.id != owner and n.id not in local}
+    return out
+
+
+def unguarded(source):
+    """Accesses to fields marked `# guarded by X` outside `with self.X` and outside methods named *_locked."""
+    lines, bad = source.splitlines(), []
+    for cls in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef)):
+        guards, aliases = {}, {"_wake": "_lock"}     # a Condition made on a lock holds that lock
+        for n in ast.walk(cls):
+            if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and (m := re.search(r"# guarded by (\w+)", lines[n.lineno - 1])):
+                guards.setdefault(n.attr, m[1])
+
+        def visit(node, held):
+            if isinstance(node, ast.With):
+                held = held | {aliases.get(a, a) for i in node.items if isinstance(i.context_expr, ast.Attribute) for a in (i.context_expr.attr,)}
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self" and node.attr in guards and guards[node.attr] not in held:
+                bad.append(f"{cls.name}.{node.attr} line {node.lineno}")
+            for child in ast.iter_child_nodes(node):
+                visit(child, held)
+        for f in cls.body:
+            if isinstance(f, ast.FunctionDef) and f.name != "__init__" and not f.name.endswith("_locked"):
+                visit(f, frozenset())
+    return bad
+
+
+def test_every_name_is_defined_above_its_first_use():
+    assert forward_refs(SOURCE) == set()
+
+
+def test_the_layering_check_itself_notices_a_use_above_its_definition():
+    assert forward_refs("def a():\n    return b()\ndef b():\n    pass\n") == {("a", "b")}
+
+
+def test_guarded_fields_are_touched_only_under_their_lock():
+    assert unguarded(SOURCE) == []
+
+
+def test_the_guard_check_itself_catches_a_bare_read():
+    bare = SOURCE.replace("    def running(self):\n        with self._lock:\n            return self._running", "    def running(self):\n        return self._running")
+    assert bare != SOURCE and unguarded(bare) != []
+
+
+def test_only_the_standard_library_and_yaml_are_imported():
+    tree = ast.parse(SOURCE)
+    modules = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    modules |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert modules - set(sys.stdlib_module_names) == {"yaml"}
+
+
+def test_one_function_starts_processes_and_the_file_stays_below_its_limit():
+    assert SOURCE.count("subprocess.Popen(") == 1
+    assert not re.search(r"subprocess\.(run|call|check_output)|os\.system|shell=True|os\.popen", SOURCE)
+    assert len(SOURCE.splitlines()) < 5000
+
+
+def test_importing_has_no_side_effect(tmp_path):
+    got = subprocess.run([sys.executable, "-c", "import threading, sparkctl; print(threading.active_count())"], cwd=HERE,
+                         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True, timeout=20)
+    assert (got.stdout, got.stderr) == ("1\n", "")
+
+
+# === 1 settings ===============================================================
+
+@pytest.mark.parametrize("name,value,told", [
+    ("VLLM_PORT", "eighty", "VLLM_PORT: 'eighty' from the environment is not valid"),
+    ("VLLM_PORT", "70000", "VLLM_PORT: '70000' from the environment must be from 1 to 65535"),
+    ("POLL_SECONDS", "nan", "POLL_SECONDS: 'nan' from the environment must be from 1 to 3600"),
+    ("SWAP_ROLLBACK", "perhaps", "SWAP_ROLLBACK: 'perhaps' from the environment must be on or off"),
+    ("SPARK1_HOST", "-oProxyCommand=id", "SPARK1_HOST: '-oProxyCommand=id' from the environment must be a host name"),
+    ("SPARK1_USER", "a b", "SPARK1_USER: 'a b' from the environment must be a login name"),
+    ("VLLM_CONTAINER", "x;id", "VLLM_CONTAINER: 'x;id' from the environment must be a container name"),
+    ("LOCAL_MODEL_ROOTS", "/a/../b", "LOCAL_MODEL_ROOTS: '/a/../b' from the environment '/a/../b' is not"),
+])
+def test_a_bad_setting_falls_back_and_the_warning_names_variable_and_value(name, value, told):
+    got = sc.parse_settings({name: value})
+    assert got[name] == sc.SETTING[name].parse(sc.SETTING[name].default)
+    assert got.sources[name] == "default" and len(got.warnings) == 1
+    assert got.warnings[0].startswith(told.split(" '/a/../b' is not")[0])
+
+
+def test_environment_beats_file_beats_default_and_blank_means_the_next():
+    got = sc.parse_settings({"VLLM_PORT": "1234", "VLLM_CONTAINER": "  "}, {"VLLM_PORT": 99, "VLLM_CONTAINER": "mine", "SWAP_ROLLBACK": False, "DISABLED_SERVICES": ["a", "b"]})
+    assert (got["VLLM_PORT"], got["VLLM_CONTAINER"], got["SWAP_ROLLBACK"], got["DISABLED_SERVICES"]) == (1234, "mine", False, ("a", "b"))
+    assert (got.sources["VLLM_PORT"], got.sources["VLLM_CONTAINER"], got.sources["LAUNCH_DIR"]) == ("environment", "file", "default")
+    assert sc.parse_settings({"VLLM_PORT": "bad"}, {"VLLM_PORT": "99"})["VLLM_PORT"] == 99
+
+
+def test_a_bad_secret_is_reported_without_its_value():
+    got = sc.parse_settings({"SPARKCTL_API_KEY": "hush\x07hush"})
+    assert got.warnings and "hush" not in " ".join(got.warnings)
+
+
+def test_secrets_are_masked_wherever_settings_are_shown(start, tmp_path):
+    p = start({"SPARKCTL_API_KEY": "tops3cret", "VLLM_API_KEY": "engine-s3cret"}, args=("--demo",))
+    auth = {"Authorization": "Bearer tops3cret"}
+    shown = p.get("/api/settings", headers=auth).body + p.get("/api/state", headers=auth).body
+    assert b"s3cret" not in shown and b'"SPARKCTL_API_KEY"' in shown
+    assert p.get("/api/state").status == 401
+    assert "s3cret" not in p.said()
+
+
+def check(tmp_path, env=None, args=()):
+    clean = {k: v for k, v in os.environ.items() if k not in sc.SETTING}
+    return subprocess.run([sys.executable, str(HERE / "sparkctl.py"), "check", *args], env={**clean, "SPARKCTL_DATA": str(tmp_path / "d"), **(env or {})},
+                          capture_output=True, text=True, timeout=20)
+
+
+def test_check_prints_what_is_in_force_and_ends_with_0_1_or_2(tmp_path):
+    good = check(tmp_path, {"SPARK1_HOST": "spark-a", "SPARK2_HOST": "spark-b", "VLLM_API_KEY": "hush-hush"})
+    assert good.returncode == 0 and "No problems" in good.stdout, good.stdout
+    for words in ("SPARK1_HOST = spark-a  (environment)", "VLLM_API_KEY = set", "main: spark1, spark2, port 8888", "gpt-oss-120b: openai/gpt-oss-120b (solo)", "launch-cluster:"):
+        assert words in good.stdout
+    assert "hush" not in good.stdout
+    (tmp_path / "bad.yaml").write_text("models: {BAD: {repo: a/b}, ok: {repo: a/c}}")
+    bad = check(tmp_path, {"SPARK1_HOST": "x", "POLL_SECONDS": "soon"}, ["--models", str(tmp_path / "bad.yaml")])
+    assert bad.returncode == 1 and "POLL_SECONDS: 'soon'" in bad.stdout and "bad.yaml: BAD" in bad.stdout and "ok: a/c" in bad.stdout
+    assert check(tmp_path, args=["--models", str(tmp_path / "none.yaml")]).returncode == 2
+
+
+def test_what_is_shipped_has_no_problem_and_at_least_ten_models_solo_and_cluster():
+    settings = sc.parse_settings({"SPARK1_HOST": "a", "SPARK2_HOST": "b"})
+    store = sc.ConfigStore(settings, {"models": str(HERE / "models.yaml"), "overrides": "/nonexistent", "services": str(HERE / "services-overrides.yaml")})
+    assert store.current.problems == ()
+    modes = [m.mode for m in store.current.models.values()]
+    assert len(modes) >= 10 and {"solo", "cluster"} <= set(modes)
+
+
+def test_every_commented_option_of_the_services_file_loads_without_a_problem():
+    options = re.sub(r"^#:", "", (HERE / "services-overrides.yaml").read_text(), flags=re.M)
+    settings = sc.parse_settings({"SPARK1_HOST": "a", "SPARK2_HOST": "b"})
+    layout, problems = sc.parse_layout(yaml.load(options, sc.LoudLoader), {"spark1": sc.Spark("spark1", "a"), "spark2": sc.Spark("spark2", "b")}, settings)
+    assert problems == []
+    assert {s.backend for s in layout.slots.values()} == {"launch-cluster", "raw-docker"}
+    assert {s.kind for s in layout.services.values()} >= {"vllm", "asr", "tts", "embeddings", "qdrant", "nim", "open-webui", "http"}
+
+
+# === 2 small helpers ==========================================================
+
+def test_a_state_file_is_replaced_whole_and_keeps_no_temporary_file(tmp_path):
+    path = tmp_path / "x.json"
+    sc.write_atomic(str(path), b'{"a": 1}')
+    sc.write_atomic(str(path), b'{"a": 2}')
+    assert json.loads(path.read_text()) == {"a": 2} and os.listdir(tmp_path) == ["x.json"]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null", b"[" * 100000])
+def test_a_torn_or_foreign_state_file_is_set_aside_and_reported(tmp_path, content):
+    (tmp_path / "swap.json").write_bytes(content)
+    told = []
+    assert sc.read_state(str(tmp_path / "swap.json"), told.append) == {}
+    assert len(told) == 1 and [n for n in os.listdir(tmp_path) if n.startswith("swap.json.bad-")]
+
+
+def test_text_from_outside_is_printed_without_control_characters():
+    assert sc.printable("a\x1b[31mred\x1b[0m\rb\x00\x07\tc") == "ared\ufffdb\ufffd\ufffd c"
+
+
+# === 3 hosts ==================================================================
+
+@pytest.mark.parametrize("said,kind", [
+    ("ssh: connect to host s port 22: Connection refused", "unreachable"),
+    ("ssh: connect to host s port 22: No route to host", "unreachable"),
+    ("ssh: connect to host s port 22: Connection timed out", "time_out"),
+    ("ssh: Could not resolve hostname s: Name or service not known", "unreachable"),
+    ("u@s: Permission denied (publickey,password).", "refused_login"),
+    ("No ED25519 host key is known for s and you have requested strict checking.\nHost key verification failed.", "unknown_host_key"),
+    ("Timeout, server s not responding.", "time_out"),
+    ("", "unreachable"),
+])
+def test_the_failures_of_ssh_are_told_apart(said, kind):
+    got = sc.classify_ssh_failure(said)
+    assert got[0] == kind and got[2]
+
+
+def test_the_failures_of_a_pretended_ssh_are_told_apart_too(rig, monkeypatch):
+    monkeypatch.setenv("PATH", f"{rig.bin}:{os.environ['PATH']}")
+    hosts = sc.Hosts([sc.Spark("spark1", "spark1"), sc.Spark("gone", "no-such-host"), sc.Spark("here", "local")])
+    try:
+        assert hosts.run("spark1", "echo hi; echo there >&2; exit 3", 10)[:3] == ("failed", 3, "hi\n")
+        assert hosts.run("spark1", "cat", 10, stdin=b"in").out == "in"
+        assert hosts.run("gone", "true", 10).kind == "unreachable"
+        assert hosts.run("here", "echo local", 10).out == "local\n"
+        assert hosts.address("spark1") == "127.0.0.1" and hosts.address("here") == "127.0.0.1"
+        for fault, kind in (("denied", "refused_login"), ("hostkey", "unknown_host_key"), ("down", "unreachable")):
+            rig.control("spark1", fault)
+            assert hosts.run("spark1", "true", 10).kind == kind
+            rig.clear("spark1", fault)
+        began = time.monotonic()
+        rig.control("spark1", "freeze")
+        assert hosts.run("spark1", "true", 1).kind == "time_out" and time.monotonic() - began < 8
+        rig.clear("spark1", "freeze")
+        assert hosts.run("spark1", "true", 10).kind == "ok"
+        argv = rig.calls()[0]["argv"]
+        assert argv[argv.index("--") + 1] == "spark1" and "BatchMode=yes" in argv
+    finally:
+        hosts.close()
+    assert not os.path.exists(hosts.control_dir)
+
+
+def test_an_alias_is_resolved_to_the_address_for_http(start, rig, tmp_path):
+    p = start(rig_env(rig, tmp_path, SPARK1_HOST="spark2", SPARK2_HOST="spark1"), args=("--models", str(tmp_path / "models.yaml")))
+    assert p.get("/api/state").json["slots"][0]["url"] == f"http://127.0.0.2:{rig.port}"
+
+
+# === 4 catalog ================================================================
+
+ROOTS = ("/models", "/home")
+
+
+@pytest.mark.parametrize("entry,field,words", [
+    ({"repo": "a/b", "local_path": "/models/x"}, "", "exactly one of repo and local_path"),
+    ({}, "", "exactly one of repo and local_path"),
+    ({"repo": "no-slash"}, "repo", "org/name"),
+    ({"repo": "a/b--c"}, "repo", "org/name"),
+    ({"repo": "a/../b"}, "repo", "org/name"),
+    ({"repo": "a/b.git"}, "repo", "org/name"),
+    ({"repo": 5}, "repo", "must be a text"),
+    ({"repo": "a/b", "mode": "both"}, "mode", "must be one of solo, cluster"),
+    ({"repo": "a/b", "knbs": {}}, "knbs", "did you mean knobs"),
+    ({"repo": "a/b", "knobs": {"--x": 1}}, "knobs", "without leading dashes"),
+    ({"repo": "a/b", "knobs": {"port": 1}}, "knobs", "port is set by sparkctl"),
+    ({"repo": "a/b", "knobs": {"x": float("nan")}}, "knobs", "nan"),
+    ({"repo": "a/b", "env": {"A-B": "1"}}, "env", "A-B"),
+    ({"repo": "a/b", "aliases": ["sp ace"]}, "aliases", "sp ace"),
+    ({"repo": "a/b", "size_gb": "big"}, "size_gb", "must be a number"),
+    ({"repo": "a/b", "image": "x; id"}, "image", "container image"),
+    ({"local_path": "models/x"}, "local_path", "absolute"),
+    ({"local_path": "/models/../etc"}, "local_path", "normalised"),
+    ({"local_path": "/models/a:b"}, "local_path", "colons"),
+    ({"local_path": "/models/a,b"}, "local_path", "commas"),
+    ({"local_path": "/models/a\nb"}, "local_path", "control"),
+    ({"local_path": "/etc/x"}, "local_path", "below one of /models, /home"),
+    ({"local_path": "/models"}, "local_path", "below one of"),
+    ({"local_path": "/modelsX/y"}, "local_path", "below one of"),
+    ([], "", "must be a mapping"),
+])
+def test_a_bad_catalog_entry_is_reported_with_its_field_and_the_others_load(entry, field, words):
+    models, problems = sc.parse_catalog({"models": {"bad": entry, "good": {"repo": "x/y"}}}, {}, ROOTS)
+    assert list(models) == ["good"]
+    [p] = problems
+    assert (p.file, p.entry, p.field) == ("models.yaml", "bad", field) and words in p.message
+
+
+@pytest.mark.parametrize("key", ["Bad", "", "-x", "a" * 65, "a/b", 7, "ü"])
+def test_a_bad_key_is_reported(key):
+    models, problems = sc.parse_catalog({"models": {key: {"repo": "x/y"}}}, {}, ROOTS)
+    assert not models and len(problems) == 1
+
+
+def test_a_name_claimed_twice_is_reported_for_both_and_given_to_neither():
+    models, problems = sc.parse_catalog({"models": {"a": {"repo": "o/one", "aliases": ["x", "b"]}, "b": {"repo": "o/two", "aliases": ["x"]}}}, {}, ROOTS)
+    assert models["a"].served_names == ("a", "o/one") and models["b"].served_names == ("b", "o/two")
+    assert sorted((p.entry, "x" in p.message) for p in problems if "name x" in p.message) == [("a", True), ("b", True)]
+
+
+def test_knobs_become_arguments_as_the_contract_says():
+    knobs = {"a": 1, "b": 0.7, "c": True, "d": False, "e": None, "f": ["x", 2], "g": {"k": [1, None]}, "h": "6G", "i": -1, "j": ""}
+    _, [] = {}, []
+    assert sc.knob_args(tuple(knobs.items())) == ["--a", "1", "--b", "0.7", "--c", "--f", "x", "2", "--g", '{"k": [1, null]}', "--h", "6G", "--i=-1", "--j", ""]
+
+
+def test_overrides_change_knobs_add_and_hide_models():
+    base = {"models": {"a": {"repo": "o/a", "knobs": {"x": 1, "y": 2}}, "b": {"repo": "o/b"}}}
+    models, problems = sc.parse_catalog(base, {"knobs": {"a": {"x": None, "y": 3, "z": False}}, "models": {"c": {"repo": "o/c"}}, "hidden": ["b"]}, ROOTS)
+    assert problems == [] and sorted(models) == ["a", "c"]
+    assert dict(models["a"].knobs) == {"y": 3, "z": False} and models["c"].added
+
+
+def test_files_are_read_again_when_they_change_and_a_broken_one_keeps_what_was_good(start, tmp_path):
+    catalog, services = tmp_path / "m.yaml", tmp_path / "s.yaml"
+    catalog.write_text("models: {one: {repo: a/one}}")
+    services.write_text("")
+    p = start({"SPARK1_HOST": "local"}, args=("--models", str(catalog), "--services", str(services)))
+    keys = lambda: [m["key"] for m in p.get("/api/models").json["models"]]
+    assert keys() == ["one"]
+    catalog.write_text("models: {one: {repo: a/one}, two: {repo: a/two}}")
+    until(lambda: keys() == ["one", "two"])
+    catalog.write_text("models: {one: {repo: [")
+    warning = until(lambda: [w for w in p.get("/api/state").json["warnings"] if "m.yaml" in w])
+    assert keys() == ["one", "two"] and "line 1" in warning[0] and "stays in force" in warning[0]
+    services.write_text("slots: {other: {port: 9000}}")
+    until(lambda: [s["name"] for s in p.get("/api/state").json["slots"]] == ["other"])
+
+
+def test_a_key_given_twice_in_yaml_is_refused(tmp_path):
+    (tmp_path / "m.yaml").write_text("models:\n  a: {repo: x/y}\n  a: {repo: x/z}\n")
+    with pytest.raises(ValueError, match="line 3: the key 'a' is given twice"):
+        sc.read_yaml(str(tmp_path / "m.yaml"))
+
+
+# === 5 services ===============================================================
+
+TWO = {"spark1": sc.Spark("spark1", "a"), "spark2": sc.Spark("spark2", "b")}
+
+
+@pytest.mark.parametrize("doc,where,words", [
+    ({"slots": {"x": {"hosts": ["spark9"]}}}, "slots.x.hosts", "spark9 is not configured"),
+    ({"slots": {"x": {"port": "80"}}}, "slots.x", "whole number"),
+    ({"slots": {"x": {"backend": "none"}}}, "slots.x.backend", "none is not defined"),
+    ({"slots": {"x": {"hots": []}}}, "slots.x.hots", "is not one of hosts"),
+    ({"slots": {"x": {"container": "a b"}}}, "slots.x", "container name"),
+    ({"slots": {"X y": {}}}, "slots.X y", "the name must match"),
+    ({"slots": []}, "slots", ""),
+    ({"backends": {"x": {"stop": "true"}}}, "backends.x", "both stop and launch"),
+    ({"backends": {"x": {"stop": "a", "launch": "docker run '{model}'"}}}, "backends.x.launch", "stands inside quotes"),
+    ({"backends": {"x": {"stop": "a", "launch": 'docker run "{model}"'}}}, "backends.x.launch", "stands inside quotes"),
+    ({"backends": {"x": {"stop": "a", "launch": "b", "restart": "c"}}}, "backends.x.restart", "is not one of"),
+    ({"services": {"x": {"kind": "nonsense"}}}, "services.x.kind", "must be one of"),
+    ({"services": {"x": {"kind": "http", "host": "spark9", "port": 1}}}, "services.x.host", "spark9 is not configured"),
+    ({"services": {"x": {"kind": "http"}}}, "services.x", "needs host and port"),
+    ({"services": {"x": {"kind": "http", "url": "javascript:alert(1)"}}}, "services.x.url", "http://"),
+    ({"nonsense": {}}, "nonsense", "not known here"),
+])
+def test_a_bad_entry_of_the_services_file_is_reported_where_it_stands(doc, where, words):
+    layout, problems = sc.parse_layout(doc, TWO, sc.parse_settings({}))
+    if doc == {"slots": []}:
+        return
+    [p] = problems
+    assert ".".join(x for x in (p.entry, p.field) if x) == where and words in p.message, p
+
+
+def test_a_broken_slot_does_not_bring_the_default_slot_into_being():
+    layout, _ = sc.parse_layout({"slots": {"main": {"backend": "none"}}}, TWO, sc.parse_settings({}))
+    assert layout.slots == {}
+
+
+def test_braces_that_are_no_words_stay_as_they_are():
+    t = sc.parse_template({"stop": "docker inspect -f '{{.State.Running}}' {container}", "launch": "x ${HOME} {model}"})
+    model, slot = sc.ModelDef("k", "k", repo="o/n", served_names=("k",)), sc.Slot("s", ("spark1",), 1, "c", "b")
+    assert sc.fill(t.stop, sc.template_words(model, slot, t)) == "docker inspect -f '{{.State.Running}}' c"
+    assert sc.fill(t.launch, sc.template_words(model, slot, t)) == "x ${HOME} o/n"
+
+
+# === 6 backends ===============================================================
+
+PIECES = ["'", '"', "$(touch CANARY)", "`touch CANARY`", "\n", ";", "touch CANARY", "&", "|", ">CANARY", "*", "?", "[a]", "~", "-", "--", "\\", " ", "\t", "#",
+          "!", "${IFS}", "$HOME", "ü", "日本", "\u202e", "{model}", "{since}", "%s", "=", "(", ")", "<", "\r", "a", "0"]
+
+
+def hostile(count, seed=1):
+    """count strings that a shell would love to misread, the empty one first."""
+    rng = random.Random(seed)
+    yield ""
+    for _ in range(count - 1):
+        yield "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 8)))
+
+
+SHOW = '#!/bin/sh\nfor a in "$@"; do printf "%s\\0" "$a"; done >>"$OUT"\n'
+
+
+def argv_through_sh(script, tmp_path, **env):
+    """Run script with a real sh; what the stub programs were given, and a proof that nothing else ran."""
+    out = tmp_path / "argv"
+    out.unlink(missing_ok=True)
+    got = subprocess.run(["sh", "-c", script], cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), "OUT": str(out), **env},
+                         capture_output=True, timeout=10)
+    assert not list(tmp_path.glob("**/CANARY")), script
+    assert got.stderr == b"", (script, got.stderr)
+    return out.read_bytes().decode().split("\0")[:-1]
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    for name in ("docker", "launch-cluster.sh"):
+        (tmp_path / name).write_text(SHOW)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def test_every_hostile_value_arrives_unchanged_through_the_launcher_command(stubs):
+    slot = sc.Slot("main", ("spark1",), 8888, "vllm_node", "launch-cluster")
+    for value in hostile(300):
+        model = sc.ModelDef("key", "n", repo="org/name", served_names=("key", "org/name"), knobs=(("flag", value), ("list", ["x" + value, value + "y"]), ("map", {"k": value})),
+                            args=("--verbatim", value), env=(("NAME", value),))
+        launch = sc.build_launch_command(model, slot, str(stubs))
+        got = argv_through_sh(launch, stubs)
+        assert got == ["--solo", "--name", "vllm_node", "-d", "exec", "env", f"NAME={value}", "vllm", "serve", "org/name", *sc.engine_args(model, slot)], value
+        assert value in got[-1] and got[-2] == "--verbatim"
+
+
+def test_every_hostile_value_arrives_unchanged_through_a_command_template(stubs):
+    template = sc.parse_template({"stop": "docker rm -f {container}", "launch": "docker run {env} {mounts} image --model {model} --port {port} {extra_args} {served_names}"})
+    slot = sc.Slot("main", ("spark1",), 8888, "c", "t")
+    for value in hostile(300, seed=2):
+        model = sc.ModelDef("key", "n", local_path="/models/" + value, served_names=("key",), knobs=(("flag", value),), args=(value,), env=(("NAME", value),))
+        got = argv_through_sh(sc.build_launch_command(model, slot, template=template), stubs)
+        flag = [f"--flag={value}"] if value.startswith("-") else ["--flag", value]
+        path = "/models/" + value
+        assert got == ["run", "-e", f"NAME={value}", "-v", f"{path}:{path}", "image", "--model", path, "--port", "8888", *flag, value, "key"], value
+
+
+def test_every_hostile_launch_directory_and_swap_id_stays_one_word(stubs):
+    slot = sc.Slot("main", ("spark1",), 8888, "vllm_node", "launch-cluster")
+    model = sc.ModelDef("key", "n", repo="org/name", served_names=("key",))
+    for value in hostile(120, seed=3):
+        if "/" in value or not value.strip("."):
+            continue
+        for form in (str(stubs) + "/" + value, "~/" + value):
+            folder = stubs / value
+            folder.mkdir(exist_ok=True)
+            shutil.copy(stubs / "launch-cluster.sh", folder)
+            assert argv_through_sh(sc.build_launch_command(model, slot, form), stubs)[:1] == ["--solo"], value
+            shutil.rmtree(folder)
+
+
+def test_every_hostile_value_survives_the_whole_way_through_ssh_gate_and_shells(rig, stubs, monkeypatch):
+    monkeypatch.setenv("PATH", f"{rig.bin}:{os.environ['PATH']}")
+    hosts = sc.Hosts([sc.Spark("spark1", "spark1")])
+    try:
+        for i, value in enumerate(hostile(60, seed=4)):
+            command = f"OUT={sc.quote_arg(stubs / 'argv')} {sc.quote_arg(stubs / 'docker')} {sc.quote_arg(value)}"
+            (stubs / "argv").unlink(missing_ok=True)
+            assert hosts.run("spark1", sc.gate_script(f"id-{i}", command), 10).kind == "ok"
+            assert (stubs / "argv").read_bytes().decode().split("\0")[:-1] == [value]
+            assert not list(rig.root.glob("**/CANARY"))
+    finally:
+        hosts.close()
+
+
+def test_a_nul_is_refused_since_no_argument_can_hold_it():
+    with pytest.raises(ValueError, match="NUL"):
+        sc.quote_arg("a\0b")
+
+
+def test_a_local_path_that_the_launcher_would_split_is_refused_in_words():
+    model = sc.ModelDef("k", "k", local_path="/models/my model", served_names=("k",))
+    with pytest.raises(ValueError, match="spaces or shell characters"):
+        sc.build_launch_command(model, sc.Slot("main", ("spark1",), 1, "vllm_node", "launch-cluster"))
+
+
+def test_a_gate_lets_one_launch_through_however_often_it_is_tried(stubs):
+    script = sc.gate_script("swap-1", "echo launched >>hits; echo said; exit 7")
+    run = lambda: subprocess.run(["sh", "-c", f"cd {stubs}; {script}"], env={"PATH": "/usr/bin:/bin", "HOME": str(stubs)}, capture_output=True, text=True, timeout=10)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda _: run(), range(8)))
+    assert (stubs / "hits").read_text() == "launched\n"
+    assert {g.returncode for g in got} == {7} and all(g.stdout.endswith("said\n") and g.stdout.startswith("since 20") for g in got)
+
+
+def test_a_gate_whose_launcher_was_killed_does_not_wait_for_ever(stubs):
+    folder = stubs / ".cache/sparkctl/swap-1"
+    folder.mkdir(parents=True)
+    (folder / "pid").write_text("999999999")
+    got = subprocess.run(["sh", "-c", sc.gate_script("swap-1", "echo never")], env={"PATH": "/usr/bin:/bin", "HOME": str(stubs)}, capture_output=True, text=True, timeout=20)
+    assert got.returncode == 75 and "interrupted" in got.stdout
+
+
+# === 7 engine =================================================================
+
+REAL_LINES = (  # as vLLM wrote them, and what they must be understood as
+    ("(Worker pid=45) INFO 11-23 10:06:51 [cpu_model_runner.py:68] Starting to load model /lab/models/tiny-qwen2...", "progress", "Loading weights"),
+    ("Loading safetensors checkpoint shards:  45% Completed | 5/11 [00:14<00:17,  2.98s/it]", "progress", "Loading weights, 5 of 11 files"),
+    ("(Worker_TP0 pid=1700) Loading safetensors using InstantTensor loader:   6% Completed | 7320/120567 [00:01<00:09]", "progress", "Loading weights, 7320 of 120567 tensors"),
+    ("(EngineCore_DP0 pid=1356) (RayWorkerWrapper pid=383, ip=10.0.0.2) INFO 11-23 10:00:00 [x.py:1] Model loading took 61.204518 GiB memory and 33.1 seconds", "progress", "Weights loaded, 61.20 GiB"),
+    ("INFO:     Application startup complete.", "progress", "Waiting for the engine's first answer"),
+    ("(APIServer pid=1) ERROR 11-23 09:53:14 [serving.py:274] Error with model error=ErrorInfo(message='The model `wrong` does not exist.", "none", ""),
+    ("(APIServer pid=1) WARNING 11-23 09:53:14 [x.py:2] something about 401 Client Error", "none", ""),
+    ("vllm: error: unrecognized arguments: --no-such-flag 7", "bad_flag", "vLLM refuses its arguments: unrecognized arguments: --no-such-flag 7"),
+    ("vllm serve: error: argument --dtype: invalid choice: 'float7' (choose from 'auto')", "bad_flag", "vLLM refuses its arguments: argument --dtype: invalid choice"),
+    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.12 GiB. GPU 0 has", "out_of_memory", "the GPU ran out of memory while loading (it wanted 6.12 GiB more)"),
+    ("(EngineCore pid=9) ERROR 11-23 09:57:11 [core.py:1510] ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`", "out_of_memory", "no room for the KV cache"),
+    ("ValueError: To serve at least one request with the model's max seq len (131072), (16.00 GiB KV cache is needed, which is larger than the available KV cache memory (4.20 GiB). Based on the available memory, the estimated maximum model length is 34400.", "kv_cache_too_small", "131072 tokens needs 16.00 GB"),
+    ("  Value error, User-specified max_model_len (1000000) is greater than the derived max_model_len (max_position_embeddings=4096.0 or", "bad_flag", "max-model-len 1000000 is more than the model's own 4096"),
+    ("OSError: [Errno 98] Address already in use", "port_taken", "port is taken"),
+    ("RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}", "engine_failed", "failed to start"),
+    ("requests.exceptions.HTTPError: 403 Client Error. Cannot access gated repo for url https://x", "gated_repo", "refuses access"),
+    ("OSError: [Errno 28] No space left on device", "disk_full", "disk is full"),
+    ("Error in memory profiling. Initial free memory 1 GiB", "memory_changed", "another process"),
+)
+
+
+@pytest.mark.parametrize("line,kind,words", REAL_LINES, ids=range(len(REAL_LINES)))
+def test_a_line_of_vllms_log_is_understood(line, kind, words):
+    got = sc.classify_log_line(line)
+    assert (got.code or got.kind) == kind and words in got.text
+    assert bool(got.remedy) == (got.kind == "fatal")
+
+
+def test_a_root_cause_outranks_the_summary_that_follows_it():
+    cause, summary = (sc.classify_log_line(l) for l in ("torch.OutOfMemoryError: CUDA out of memory.", "EngineCore failed to start."))
+    assert cause.rank < summary.rank
+
+
+class OneAnswer(threading.Thread):
+    """A server that answers every request with the same bytes."""
+
+    def __init__(self, answer):
+        super().__init__(daemon=True)
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.answer, self.seen = answer, []
+        self.start()
+
+    @property
+    def port(self):
+        return self.sock.getsockname()[1]
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                c, _ = self.sock.accept()
+                self.seen.append(c.recv(65536))
+                c.sendall(self.answer)
+                c.close()
+
+
+@pytest.mark.parametrize("answer,state", [
+    (b"HTTP/1.1 503 x\r\nContent-Length: 0\r\n\r\n", "loading"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "foreign"),
+    (b"HTTP/1.1 401 no\r\nContent-Length: 0\r\n\r\n", "foreign"),
+    (b'HTTP/1.1 200 OK\r\nContent-Length: 24\r\n\r\n{"data": [{"id": "mine"}', "foreign"),
+    (b'HTTP/1.1 200 OK\r\nContent-Length: 26\r\n\r\n{"data": [{"id": "mine"}]}', "serving"),
+    (b"SSH-2.0-OpenSSH_9\r\n", "silent"),
+])
+def test_what_answers_on_a_port_is_never_guessed(answer, state):
+    server = OneAnswer(answer)
+    assert sc.probe_vllm_endpoint(sc.Endpoint("127.0.0.1", server.port)).state == state
+    server.sock.close()
+
+
+def test_a_port_where_nothing_listens_is_silent():
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    assert sc.probe_vllm_endpoint(sc.Endpoint("127.0.0.1", port)).state == "silent"
+
+
+# === 8 swap rules =============================================================
+
+AGREED = """
+queued -> checking, failed, cancelled
+checking -> draining, failed, cancelled, planned
+draining -> stopping, failed, cancelled
+stopping -> launching, ready, failed, cancelled
+launching -> loading, failed, cancelled
+loading -> warming, failed, cancelled
+warming -> ready, failed, cancelled
+ready -> (end)
+failed -> (end)
+cancelled -> (end)
+planned -> (end)
+"""
+PLAN = sc.Plan("main", "m", ("m",), ("spark1",), 1, "c", "b", "launch", "", "")
+
+
+def test_the_transition_table_is_the_agreed_one():
+    assert sc.transitions_as_text() == AGREED.strip().split("\n")
+
+
+def test_a_thousand_random_walks_never_break_an_invariant_and_always_end():
+    for seed in range(1000):
+        rng, now = random.Random(seed), 1000.0
+        unload = rng.random() < 0.2
+        s = sc.Swap("id", "main", None if unload else "m", started_at=sc.utc(now), phase_began=now, phases=(("queued", sc.utc(now), None),),
+                    dry_run=rng.random() < 0.1, rollback=False)
+        trail = []
+        for _ in range(30):
+            wanted, now = rng.choice(sc.PHASES), now + rng.random()
+            trail.append(wanted)
+            facts = {"plan": None if unload else PLAN, "touched": wanted in ("stopping", "launching", "loading", "warming", "ready") or s.touched}
+            if wanted == "failed":
+                facts["error"] = {"code": "x"}
+            before = s
+            try:
+                s = sc.advance(s, wanted, now, **facts)
+            except ValueError:
+                assert s is before
+                continue
+            assert s.seq == before.seq + 1 and wanted in sc.TRANSITIONS[before.phase], (seed, trail)
+            assert sc.Swap.from_journal(json.loads(json.dumps(s.journal()))) == s, (seed, trail)
+        assert s.phase in sc.PHASES
+
+
+@pytest.mark.parametrize("broken", [
+    {"phase": "failed", "ended_at": "x"}, {"phase": "ready"}, {"phase": "loading"}, {"phase": "planned", "ended_at": "x"},
+    {"ended_at": "x"}, {"rollback_of": "y"}, {"phase": "nonsense"},
+])
+def test_a_swap_that_breaks_an_invariant_is_refused(broken):
+    with pytest.raises(ValueError, match="breaks the rule|nonsense"):
+        sc.check_swap(sc.Swap(**{"id": "i", "slot": "main", "model": "m", **broken}))
+
+
+@pytest.mark.parametrize("samples,need,back", [
+    ([], 0, False),
+    ([(0, 50 << 20), (0.5, 50 << 20)], 0, False),                           # not yet a second
+    ([(0, 50 << 20), (0.5, 50 << 20), (1.1, 50 << 20)], 40 << 20, True),
+    ([(0, 10 << 20), (0.5, 30 << 20), (1.1, 50 << 20)], 40 << 20, False),   # still rising
+    ([(0, 50 << 20), (0.5, 50 << 20), (1.1, 50 << 20)], 49 << 20, False),   # covers the need, not the floor
+])
+def test_memory_is_back_when_it_covers_the_need_and_is_flat_for_a_second(samples, need, back):
+    assert sc.reclaimed(samples, need) is back
+
+
+def test_an_estimate_counts_the_rest_of_this_phase_and_the_usual_length_of_the_later_ones():
+    s = sc.Swap("i", "main", "m", phase="loading", phase_began=100.0, fraction=0.0, plan=PLAN, touched=True)
+    assert sc.estimate(s, {"loading": 60, "warming": 2}, 110.0) == (52.0, 60)
+    assert sc.estimate(s, {}, 110.0) == (None, None)
+    import dataclasses
+    assert sc.estimate(dataclasses.replace(s, fraction=0.5), {}, 110.0)[0] == 10.0
+
+
+def test_the_need_for_memory_follows_the_knobs():
+    m = sc.ModelDef("k", "k", repo="o/n", size_gb=60, knobs=(("gpu_memory_utilization", 0.5),))
+    assert sc.memory_need_gb(m, 120, 1)[:2] == (60.0, 60.0)
+    assert sc.memory_need_gb(sc.ModelDef("k", "k", size_gb=60, knobs=(("kv-cache-memory-bytes", "8G"),)), 120, 2)[:2] == (42.0, 30.0)
+    assert sc.memory_need_gb(sc.ModelDef("k", "k"), 100, 1)[0] == pytest.approx(92)
+
+
+# === 9 swap ===================================================================
+
+def launches(rig):
+    return [c for c in rig.calls() if "launch-cluster.sh" in c["command"] and " exec " in c["command"] and c["from"] is None]
+
+
+def test_a_solo_swap_ends_ready_and_serves_on_the_head_only(two):
+    got = two.swap("alpha")
+    assert (got.status, got.json["phase"]) == (200, "ready"), got.json["error"]
+    assert [p["phase"] for p in got.json["phases"]] == ["queued", "checking", "draining", "stopping", "launching", "loading", "warming", "ready"]
+    assert got.json["progress"]["fraction"] == 1.0
+    [(pid, argv)] = two.rig.engines("spark1")
+    assert argv[2:] == ["org/alpha", "--served-model-name", "alpha", "org/alpha", "gpt-4o", "--port", str(two.rig.port),
+                        "--max-model-len", "4096", "--gpu-memory-utilization", "0.5"]
+    assert two.rig.engines("spark2") == []
+    slot = serves(two)
+    assert (slot["state"], slot["model"], slot["served_id"]) == ("serving", "alpha", "alpha")
+    assert [r["path"] for r in two.rig.requests("spark1")] == ["/v1/completions"]
+
+
+def test_a_swap_replaces_the_model_and_keeps_the_old_engines_log(two):
+    assert two.swap("alpha").status == 200
+    second = two.swap("beta").json
+    assert (second["phase"], second["from_model"]) == ("ready", "alpha")
+    assert [a[2] for _, a in two.rig.engines("spark1")] == ["org/beta"]
+    kept = (two.data / "swaps" / f"{second['id']}.engine.log").read_text()
+    assert "Application startup complete" in kept and "org/alpha" in kept
+
+
+def test_a_cluster_swap_runs_on_both_sparks_and_a_solo_one_after_it_leaves_no_worker(two):
+    got = two.swap("wide")
+    assert got.status == 200, got.json["error"]
+    assert "--headless" in two.rig.engines("spark2")[0][1]
+    assert "--tensor-parallel-size" in two.rig.engines("spark1")[0][1]
+    assert two.swap("alpha").status == 200
+    assert two.rig.containers("spark2") == []
+
+
+def test_a_local_model_is_mounted_at_its_own_path(two):
+    assert two.swap("tuned").status == 200
+    assert f"{two.rig.local}:{two.rig.local}" in two.rig.container("spark1", "vllm_node")["volumes"]
+
+
+def test_environment_and_verbatim_arguments_reach_the_engine_unchanged(two):
+    assert two.swap("fancy").status == 200
+    pid, argv = two.rig.engines("spark1")[0]
+    assert argv[-2:] == ["--override-generation-config", '{"temperature": 1.0}'] or '{"temperature": 1.0}' in argv
+    environ = dict(pair.partition("=")[::2] for pair in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    assert environ["SAY"] == "it's $HOME; `id`"
+
+
+def test_unload_leaves_the_slot_empty(two):
+    assert two.swap("alpha").status == 200
+    got = two.post("/api/unload?wait=30").json
+    assert (got["phase"], got["model"]) == ("ready", None)
+    assert serves(two)["state"] == "empty" and two.rig.engines("spark1") == [] and two.rig.containers("spark1") == []
+
+
+FAILURES = (    # name, behaviour of the engine, faults, settings, error code, words that must be told
+    ("unknown flag", {"mode": "ok"}, {}, {}, "bad_flag", "unrecognized arguments: --no-such-flag 7"),
+    ("weights missing for the engine", {"mode": "missing"}, {}, {}, "weights_missing", "the weights are not on the Spark"),
+    ("out of memory", {"mode": "oom"}, {}, {}, "out_of_memory", "6.12 GiB more"),
+    ("no room for the kv cache", {"mode": "kv"}, {}, {}, "out_of_memory", "no room for the KV cache"),
+    ("memory taken by others", {"mode": "free_memory"}, {}, {}, "out_of_memory", "needs 109.52 of 121.69 GB, and 20.1 GB are free"),
+    ("dies without a word in a container that stays up", {"mode": "die", "load": 0.6}, {}, {}, "engine_died", "exit code 1"),
+    ("is killed", {"mode": "killed", "load": 0.6}, {}, {}, "out_of_memory", "exit 137"),
+    ("says it is up and never answers", {"mode": "silent"}, {}, {"SWAP_ANSWER_TIMEOUT": "1"}, "not_answering", "does not answer from here"),
+    ("never gets ready", {"mode": "never_ready"}, {}, {"SWAP_LOAD_TIMEOUT": "2"}, "load_timeout", "not ready after 2 s"),
+    ("fails its first request", {"mode": "warm_fails"}, {}, {}, "warming_failed", "HTTP 500"),
+    ("launcher exits non-zero", {"mode": "ok"}, {"launcher_exit": "3"}, {}, "launch_failed", "exit code 3: Error: something broke"),
+    ("launcher hangs", {"mode": "ok"}, {"launcher_hangs": ""}, {"SWAP_LAUNCH_TIMEOUT": "1"}, "launch_timeout", "did not end within 1 s"),
+    ("image missing", {"mode": "ok"}, {"images": "something-else"}, {}, "image_missing", "vllm-node"),
+)
+
+
+@pytest.mark.parametrize("name,behaviour,faults,settings,code,words", FAILURES, ids=[f[0].replace(" ", "-") for f in FAILURES])
+def test_a_failed_load_is_named_and_the_previous_model_comes_back(rig, start, tmp_path, name, behaviour, faults, settings, code, words):
+    models = CATALOG.replace("LOCAL", str(rig.local)).replace("beta: {repo: org/beta, knobs: {", "beta: {repo: org/beta, knobs: {" + ("no-such-flag: 7, " if name == "unknown flag" else ""))
+    env = rig_env(rig, tmp_path, **settings)
+    (tmp_path / "models.yaml").write_text(models)
+    p = start(env, args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    assert p.swap("alpha").status == 200
+    rig.behave("spark1", "beta", **behaviour)
+    for fault, value in faults.items():
+        rig.control("spark1", fault, value)
+    got = p.swap("beta")
+    assert got.status == 502, got.json
+    assert got.json["phase"] == "failed"
+    assert errors_of(got.json)[0] == code and words in errors_of(got.json)[1], errors_of(got.json)
+    assert errors_of(got.json)[2] and got.json["error"]["log_tail"]
+    for fault in faults:
+        rig.clear("spark1", fault)
+    if faults:
+        p.idle()            # with the fault still there the rollback may have failed with it; then a swap brings alpha back
+        if serves(p)["model"] != "alpha":
+            assert p.swap("alpha").status == 200
+    newest = p.idle()[0]
+    assert (newest["model"], newest["phase"]) == ("alpha", "ready")
+    if not faults:
+        assert newest["rollback_of"] == got.json["id"]
+    assert [a[2] for _, a in rig.engines("spark1")] == ["org/alpha"]
+    assert rig.containers("spark1") == ["vllm_node"]
+    assert (p.data / "swaps" / f"{got.json['id']}.log").read_text()
+    assert until(lambda: serves(p)["state"] == "serving")
+
+
+def test_without_rollback_a_failed_swap_leaves_the_slot_empty(two):
+    assert two.swap("alpha").status == 200
+    two.rig.behave("spark1", "beta", mode="oom")
+    assert two.swap("beta", rollback=False).status == 502
+    assert [s["model"] for s in two.idle()] == ["beta", "alpha"]
+    assert two.rig.engines("spark1") == [] and two.rig.containers("spark1") == []
+
+
+def test_a_rollback_that_fails_ends_with_the_slot_empty_and_does_not_loop(two):
+    assert two.swap("alpha").status == 200
+    two.rig.behave("spark1", "beta", mode="oom")
+    two.rig.behave("spark1", "alpha", mode="oom")
+    assert two.swap("beta").status == 502
+    recent = until(lambda: len(r := two.idle()) == 3 and r)
+    assert [(s["model"], s["phase"], bool(s["rollback_of"])) for s in recent] == [("alpha", "failed", True), ("beta", "failed", False), ("alpha", "ready", False)]
+    assert two.rig.engines("spark1") == []
+
+
+def test_a_container_that_vanishes_while_loading_is_told_as_such(two):
+    two.rig.behave("spark1", "alpha", mode="never_ready")
+    swap = two.post("/api/swap", {"model": "alpha"}).json
+    two.phase("loading")
+    until(lambda: two.rig.engines("spark1"))
+    two.rig.remove_container("spark1", "vllm_node")
+    got = two.get(f"/api/swap/{swap['id']}?wait=10").json
+    assert errors_of(got)[0] == "container_gone", got["error"]
+
+
+def test_a_launcher_that_hangs_is_ended_with_its_swap(two):
+    two.rig.control("spark1", "launcher_hangs")
+    swap = two.post("/api/swap", {"model": "alpha"}).json
+    two.phase("launching")
+    until(lambda: launches(two.rig))
+    assert two.call("DELETE", f"/api/swap/{swap['id']}").status == 202
+    assert two.get(f"/api/swap/{swap['id']}?wait=20").json["phase"] == "cancelled"
+    two.rig.clear("spark1", "launcher_hangs")
+    assert two.swap("alpha").status == 200
+    assert len(two.rig.engines("spark1")) == 1
+
+
+def test_a_stop_that_hangs_fails_the_swap_before_the_launch_when_the_engine_will_not_go(rig, start, tmp_path):
+    p = start(rig_env(rig, tmp_path, SWAP_STOP_TIMEOUT="4"), args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    rig.behave("spark1", "alpha", mode="hang_term")
+    assert p.swap("alpha").status == 200
+    rig.control("spark1", "stop_hangs")
+    got = p.swap("beta")
+    rig.clear("spark1", "stop_hangs")
+    assert got.status == 502 and errors_of(got.json)[0] == "stop_failed", got.json["error"]
+    assert got.json["phases"][-2]["phase"] == "stopping" and not any("org/beta" in a for _, a in rig.engines("spark1"))
+    p.idle()
+    assert until(lambda: serves(p)["model"] == "alpha")
+
+
+def test_a_launchers_stop_that_hangs_does_not_keep_an_ended_engine_in_the_way(rig, start, tmp_path):
+    p = start(rig_env(rig, tmp_path, SWAP_STOP_TIMEOUT="6"), args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    assert p.swap("alpha").status == 200
+    rig.control("spark1", "stop_hangs")
+    got = p.swap("beta")
+    assert got.status == 200, got.json["error"]
+
+
+def test_a_strangers_process_on_the_port_stops_the_swap_before_anything_is_touched(two):
+    two.rig.start_foreign("spark1", two.rig.port, "somebody/else")
+    got = two.swap("alpha")
+    assert got.status == 502 and errors_of(got.json)[0] == "check_failed"
+    assert "somebody/else answers on port" in errors_of(got.json)[1]
+    assert launches(two.rig) == []
+
+
+def test_ssh_that_drops_while_loading_and_comes_back_does_not_fail_the_swap(two):
+    two.rig.behave("spark1", "alpha", load=3)
+    swap = two.post("/api/swap", {"model": "alpha"}).json
+    two.phase("loading")
+    until(lambda: two.rig.engines("spark1"))
+    two.rig.control("spark1", "cut")
+    until(lambda: "contact with spark1 lost" in (two.data / "swaps" / f"{swap['id']}.log").read_text())
+    two.rig.clear("spark1", "cut")
+    got = two.get(f"/api/swap/{swap['id']}?wait=30").json
+    assert got["phase"] == "ready", got["error"]
+    said = (two.data / "swaps" / f"{swap['id']}.log").read_text()
+    assert "is back" in said and said.count("Starting to load model") == 1
+    assert len(two.rig.engines("spark1")) == 1
+
+
+@pytest.mark.parametrize("fault,words", [("down", "unreachable"), ("denied", "refused login"), ("hostkey", "unknown host key")])
+def test_a_head_that_cannot_be_reached_stops_the_swap_and_says_why(two, fault, words):
+    two.rig.control("spark1", fault)
+    got = two.swap("alpha")
+    assert got.status == 502 and errors_of(got.json)[0] == "check_failed"
+    assert words in errors_of(got.json)[1] and errors_of(got.json)[2]
+    assert launches(two.rig) == []
+
+
+def test_a_spark_that_the_model_does_not_use_may_be_down(two):
+    two.rig.control("spark2", "down")
+    got = two.swap("alpha")
+    assert got.status == 200, got.json["error"]
+    assert [c["status"] for c in got.json["checks"] if c["name"] == "reachable"] == ["warn"]
+    assert two.swap("wide").status == 502
+
+
+def test_weights_that_are_not_on_every_spark_stop_the_swap_unless_the_check_is_skipped(two):
+    shutil.rmtree(two.rig.spark("spark2") / "home/.cache/huggingface/hub/models--org--wide")
+    got = two.swap("wide").json
+    assert errors_of(got)[0] == "check_failed" and "org/wide is not on spark2" in errors_of(got)[1]
+    assert two.swap("wide", skip_checks=["weights"]).status == 200
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_knob_to_change(two):
+    two.rig.control("spark1", "meminfo", MEMINFO.replace("120000000", "20000000"))
+    got = two.swap("alpha").json
+    assert errors_of(got)[0] == "check_failed" and "needs 60.8 GB" in errors_of(got)[1]
+    assert "gpu-memory-utilization" in errors_of(got)[2]
+
+
+def test_an_old_launcher_is_named_before_anything_is_touched(two):
+    two.rig.install_launcher("spark1", LAUNCHER_JAN)
+    got = two.swap("alpha").json
+    assert errors_of(got)[0] == "check_failed" and "does not know" in errors_of(got)[1]
+
+
+def test_a_dry_run_ends_planned_shows_the_commands_and_touches_nothing(two):
+    got = two.swap("alpha", dry_run=True)
+    assert (got.status, got.json["phase"]) == (200, "planned")
+    assert any("exec vllm serve org/alpha" in c for c in got.json["commands"])
+    assert launches(two.rig) == [] and two.rig.containers("spark1") == []
+
+
+def test_a_foreign_engine_cannot_be_restored_and_that_is_said_beforehand(two):
+    assert two.swap("alpha").status == 200
+    two.post("/api/unload?wait=30")
+    rig_serve = f"cd spark-vllm-docker && ./launch-cluster.sh --solo -d exec vllm serve org/other --port {two.rig.port}"
+    assert two.rig.sh("spark1", rig_serve).returncode == 0
+    until(lambda: serves(two)["served_id"] == "org/other")
+    two.rig.behave("spark1", "beta", mode="oom")
+    got = two.swap("beta").json
+    assert any(c["name"] == "rollback" and "cannot be restored" in c["detail"] for c in got["checks"])
+    assert got["phase"] == "failed" and len(two.idle()) == 3
+
+
+@pytest.mark.parametrize("phase", ["checking", "stopping", "launching", "loading", "warming"])
+def test_cancel_works_in_every_phase_and_leaves_no_half_started_engine(two, phase):
+    assert two.swap("alpha").status == 200
+    slow_down(two.rig, phase)
+    swap = two.post("/api/swap", {"model": "beta"}).json
+    two.phase(phase)
+    assert two.call("DELETE", f"/api/swap/{swap['id']}").status == 202
+    ended = two.get(f"/api/swap/{swap['id']}?wait=30").json
+    assert ended["phase"] == "cancelled", ended
+    speed_up(two.rig, phase)
+    recent = two.idle()
+    assert until(lambda: [a[2] for _, a in two.rig.engines("spark1")] == ["org/alpha"]), recent
+    assert until(lambda: serves(two)["model"] == "alpha")
+    assert (recent[0]["rollback_of"] == swap["id"]) == (phase != "checking")
+
+
+def test_cancel_while_draining_serves_on(two):
+    assert two.swap("alpha").status == 200
+    with held_request(two):
+        swap = two.post("/api/swap", {"model": "beta"}).json
+        two.phase("draining")
+        assert two.call("DELETE", f"/api/swap/{swap['id']}").status == 202
+        assert two.get(f"/api/swap/{swap['id']}?wait=10").json["phase"] == "cancelled"
+    assert two.post("/v1/completions", {"model": "alpha", "prompt": "x"}).status == 200
+
+
+@contextlib.contextmanager
+def held_request(program, seconds=3):
+    """A streaming request in flight for about so many seconds."""
+    program.rig.behave("spark1", "alpha", tokens=int(seconds * 20), token_delay=0.05)
+    sock = socket.create_connection(("127.0.0.1", program.port))
+    body = json.dumps({"model": "alpha", "stream": True, "messages": [{"role": "user", "content": "x"}]}).encode()
+    sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    assert sock.recv(100).startswith(b"HTTP/1.1 200")
+    try:
+        yield sock
+    finally:
+        sock.close()
+
+
+def slow_down(rig, phase):
+    """Make the next swap stay in phase until speed_up."""
+    if phase == "checking":
+        rig.control("spark1", "latency", "1.5")
+    elif phase == "stopping":
+        rig.control("spark1", "meminfo", MEMINFO.replace("120000000", "30000000"))
+    elif phase == "launching":
+        rig.control("spark1", "launcher_hangs")
+    elif phase == "loading":
+        rig.behave("spark1", "beta", load=4)
+    else:
+        rig.behave("spark1", "beta", mode="ok", load=0.2, warm_delay=30)
+
+
+def speed_up(rig, phase):
+    rig.clear("spark1", "latency", "launcher_hangs")
+    rig.control("spark1", "meminfo", MEMINFO)
+    rig.behave("spark1", "beta", mode="ok", load=0.3, warm_delay=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill-9", "SIGTERM"])
+@pytest.mark.parametrize("phase", ["checking", "draining", "stopping", "launching", "loading", "warming"])
+def test_a_swap_survives_the_death_of_sparkctl_in_every_phase(two, phase, number):
+    assert two.swap("alpha").status == 200
+    before = len(launches(two.rig))
+    with contextlib.ExitStack() as stack:
+        if phase == "draining":
+            stack.enter_context(held_request(two))
+        else:
+            slow_down(two.rig, phase)
+        swap = two.post("/api/swap", {"model": "beta"}).json
+        two.phase(phase)
+        two.journaled(phase)
+        if phase == "launching":
+            until(lambda: len(launches(two.rig)) > before)
+        assert two.kill(number) == (0 if number == signal.SIGTERM else -9)
+    speed_up(two.rig, phase)
+    two.start()
+    ended = two.get(f"/api/swap/{swap['id']}?wait=40").json
+    assert ended["phase"] == "ready", ended["error"]
+    assert [a[2] for _, a in two.rig.engines("spark1")] == ["org/beta"]
+    log = (two.data / "swaps" / f"{swap['id']}.log").read_text()
+    assert "started again while " + phase in log
+    started = [c for c in two.rig.calls("spark1") if c["from"] is None and "launch-cluster.sh --solo --name vllm_node -d exec" in c["command"]]
+    gates = two.rig.spark("spark1") / "home/.cache/sparkctl" / swap["id"]
+    assert gates.is_dir() and started
+    assert (gates / "out").read_text().count("Command dispatched") == 1
+    assert two.get("/api/swap").json["recent"][-1]["model"] == "alpha"
+
+
+def test_a_rollback_is_owed_even_if_sparkctl_dies_while_cleaning_up(two):
+    assert two.swap("alpha").status == 200
+    two.rig.behave("spark1", "beta", mode="never_ready")
+    swap = two.post("/api/swap", {"model": "beta"}).json
+    two.phase("loading")
+    two.rig.control("spark1", "latency", "0.7")
+    two.call("DELETE", f"/api/swap/{swap['id']}")
+    until(lambda: json.loads((two.data / "swap.json").read_text())["running"]["ending"])
+    two.kill()
+    two.rig.clear("spark1", "latency")
+    two.start()
+    assert two.get(f"/api/swap/{swap['id']}?wait=30").json["phase"] == "cancelled"
+    assert two.idle()[0]["rollback_of"] == swap["id"]
+    assert [a[2] for _, a in two.rig.engines("spark1")] == ["org/alpha"]
+
+
+def test_with_no_journal_what_the_slot_really_serves_is_adopted(two):
+    assert two.swap("alpha").status == 200
+    two.kill()
+    shutil.rmtree(two.data)
+    two.start()
+    slot = until(lambda: (s := serves(two))["state"] == "serving" and s)
+    assert slot["model"] == "alpha"
+
+
+def test_a_model_that_changed_without_us_is_told_within_a_poll(two):
+    assert two.swap("alpha").status == 200
+    two.rig.kill_engine("spark1")
+    until(lambda: serves(two)["state"] == "empty")
+    assert any(e["kind"] == "model_lost" and "alpha" in e["text"] for e in two.get("/api/events").json["events"])
+    assert not any(e["kind"] in ("model_lost", "model_changed") for e in two.get("/api/events").json["events"][1:])
+
+
+def test_of_fifty_simultaneous_swaps_exactly_one_starts_and_the_others_are_told_which(two):
+    two.rig.behave("spark1", "alpha", load=2)
+    gate = threading.Barrier(50)
+
+    def ask(_):
+        gate.wait()
+        return two.post("/api/swap", {"model": "alpha"})
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        got = list(pool.map(ask, range(50)))
+    won = [g for g in got if g.status == 202]
+    lost = [g for g in got if g.status == 409]
+    assert (len(won), len(lost)) == (1, 49)
+    assert {g.json["error"]["swap"] for g in lost} == {won[0].json["id"]} and {g.code for g in lost} == {"swap_running"}
+    assert won[0].headers["Location"] == f"/api/swap/{won[0].json['id']}"
+    two.idle()
+    assert len(launches(two.rig)) == 1
+
+
+def test_a_new_swap_preempts_a_running_rollback(two):
+    assert two.swap("alpha").status == 200
+    two.rig.behave("spark1", "beta", mode="oom")
+    two.rig.behave("spark1", "alpha", mode="ok", load=20)
+    assert two.swap("beta").status == 502
+    until(lambda: (s := two.running()) and s["rollback_of"] and s["phase"] == "loading")
+    two.rig.behave("spark1", "alpha", load=0.2)
+    got = two.swap("fancy")
+    assert (got.status, got.json["phase"]) == (200, "ready")
+    assert [s["phase"] for s in two.idle()] == ["ready", "cancelled", "failed", "ready"]
+    assert [a[2] for _, a in two.rig.engines("spark1")] == ["org/fancy"]
+
+
+def test_the_eta_comes_from_earlier_swaps_of_the_same_model(two):
+    assert two.swap("alpha").status == 200
+    assert two.swap("beta").status == 200
+    two.rig.behave("spark1", "alpha", load=2)
+    swap = two.post("/api/swap", {"model": "alpha"}).json
+    loading = until(lambda: (s := two.running()) and s["phase"] == "loading" and s["eta_seconds"] is not None and s)
+    assert 0 < loading["usual_seconds"] < 2 and 0 <= loading["eta_seconds"] < 60
+    assert two.get(f"/api/swap/{swap['id']}?wait=20").json["phase"] == "ready"
+
+
+def test_requests_during_a_swap_are_held_and_then_answered_by_the_new_model(two):
+    assert two.swap("alpha").status == 200
+    two.rig.behave("spark1", "beta", load=0.6)
+    two.post("/api/swap", {"model": "beta"})
+    two.phase("loading")
+    got = two.post("/v1/chat/completions", {"model": "beta", "messages": [{"role": "user", "content": "held"}]})
+    assert got.status == 200 and got.json["model"] == "beta"
+    assert two.get("/api/swap").json["running"] is None
+
+
+def test_requests_for_the_outgoing_model_are_told_at_once(two):
+    assert two.swap("alpha").status == 200
+    two.rig.behave("spark1", "beta", mode="never_ready")
+    swap = two.post("/api/swap", {"model": "beta"}).json
+    two.phase("loading")
+    got = two.post("/v1/completions", {"model": "gpt-4o", "prompt": "x"})
+    assert (got.status, got.code) == (503, "model_leaving") and int(got.headers["Retry-After"]) > 0
+    two.call("DELETE", f"/api/swap/{swap['id']}")
+    two.idle()
+    assert two.post("/v1/completions", {"model": "gpt-4o", "prompt": "x"}).status == 200
+
+
+
+# === the rig =================================================================
+# Stand-ins for Sparks: ssh, docker, the launcher and vLLM, each with the faults a test may want.
+
+# @PYTHON@ and @ROOT@ are filled in by Rig: the programs must not depend on the caller's environment.
+SSH = r'''#!@PYTHON@ -SE
+# Stand-in for the OpenSSH client and the sshd behind it.
+import json, os, select, sys, time
+ROOT = "@ROOT@"
+FLAGS = "46AaCfGgKkMNnqsTtVvXxYy"
+
+def die(text, code=255):
+    sys.stderr.write(text + "\r\n")
+    sys.stderr.flush()
+    os._exit(code)
+
+def parse(argv):
+    opts, flags, values, words, i = {}, "", {}, [], 0
+    while i < len(argv):
+        a = argv[i]
+        i += 1
+        if a == "--":
+            words += argv[i:]
+            break
+        if not a.startswith("-") or a == "-":
+            words.append(a)
+            if len(words) == 1:     # like getopt in ssh: options may follow the destination, not the command
+                if i < len(argv) and argv[i].startswith("-"):
+                    continue
+                words += argv[i:]
+                break
+            words += argv[i:]
+            break
+        a = a[1:]
+        while a:
+            letter, a = a[0], a[1:]
+            if letter in FLAGS:
+                flags += letter
+                continue
+            if letter not in "BbcDEeFIiJLlmOoPpQRSWw":
+                die("unknown option -- %s\nusage: ssh [options] destination [command [argument ...]]" % letter)
+            if not a:
+                if i >= len(argv):
+                    die("ssh: option requires an argument -- %s" % letter)
+                a, i = argv[i], i + 1
+            if letter == "o":
+                key, _, value = a.replace("=", " ", 1).strip().partition(" ")
+                opts.setdefault(key.lower(), value.strip())
+            else:
+                values[letter] = a
+            a = ""
+    return opts, flags, values, words
+
+def main():
+    opts, flags, values, words = parse(sys.argv[1:])
+    if "V" in flags:
+        die("OpenSSH_9.6p1 Ubuntu-3ubuntu13, OpenSSL 3.0.13 30 Jan 2024", 0)
+    if not words:
+        die("usage: ssh [options] destination [command [argument ...]]")
+    user, _, host = words[0].rpartition("@")
+    if host.startswith("ssh://"):
+        host = host[6:]
+    user = values.get("l") or user or opts.get("user") or os.environ.get("USER") or "root"
+    port = values.get("p") or opts.get("port") or "22"
+    command = " ".join(words[1:])
+    sparks = json.load(open(ROOT + "/sparks.json"))
+    name = next((n for n, a in sparks.items() if host in (n, a)), None)
+    address = sparks.get(name, host)
+    record = {"time": time.time(), "pid": os.getpid(), "host": host, "spark": name, "user": user, "argv": sys.argv[1:],
+              "command": command, "from": os.environ.get("RIG_SPARK")}
+    log = os.open(ROOT + "/ssh.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(log, json.dumps(record).encode() + b"\n")
+    os.close(log)
+    if "G" in flags:
+        sys.stdout.write("user %s\nhostname %s\nport %s\n" % (user, address, port))
+        return 0
+    if "O" in values:
+        said = {"check": "Master running (pid=%d)" % os.getpid(), "exit": "Exit request sent.", "stop": "Stop listening request sent."}
+        die(said.get(values["O"], "Invalid multiplex command."), 0 if values["O"] in said else 255)
+    if name is None:
+        die("ssh: Could not resolve hostname %s: Name or service not known" % host)
+    home = ROOT + "/sparks/" + name
+    exists = os.path.exists
+
+    def refused():
+        die("ssh: connect to host %s port %s: Connection refused" % (host, port))
+
+    if exists(home + "/latency"):
+        time.sleep(float(open(home + "/latency").read() or 0.1))
+    if exists(home + "/down") or exists(home + "/cut"):
+        refused()
+    if exists(home + "/timeout"):
+        limit = min(float(opts.get("connecttimeout", 30) or 30), 30)
+        until = time.monotonic() + limit
+        while time.monotonic() < until and exists(ROOT):
+            time.sleep(0.02)
+        die("ssh: connect to host %s port %s: Connection timed out" % (host, port))
+    if exists(home + "/hostkey"):
+        die("Host key verification failed.")
+    if exists(home + "/denied"):
+        die("%s@%s: Permission denied (publickey,password)." % (user, host))
+    alive = float(opts.get("serveraliveinterval", 0) or 0) * float(opts.get("serveralivecountmax", 3) or 3)
+
+    def frozen():
+        # Nothing comes through; only a keep-alive, if asked for, may end it.
+        since = time.monotonic()
+        while exists(home + "/freeze"):
+            if not exists(ROOT):
+                os._exit(255)
+            if exists(home + "/cut"):
+                die("client_loop: send disconnect: Broken pipe")
+            if alive and time.monotonic() - since > alive:
+                die("Timeout, server %s not responding." % address)
+            time.sleep(0.02)
+
+    frozen()
+    if "N" in flags:
+        if "f" in flags and os.fork():
+            os._exit(0)
+        while exists(ROOT) and not exists(home + "/cut"):
+            frozen()
+            time.sleep(0.05)
+        die("client_loop: send disconnect: Broken pipe")
+
+    env = {"HOME": home + "/home", "USER": user, "LOGNAME": user, "SHELL": "/bin/sh", "LANG": "C.UTF-8",
+           "PATH": home + "/bin:/usr/bin:/bin", "RIG_ROOT": ROOT, "RIG_SPARK": name, "SPARK_ADDRESS": address,
+           "SSH_CONNECTION": "127.0.0.1 50000 %s 22" % address}
+    in_r, in_w = os.pipe()
+    out_r, out_w = os.pipe()
+    err_r, err_w = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()     # as sshd does: the death of the client is not the death of the command
+            import _signal
+            _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)     # Python ignores it and children would inherit that
+            os.dup2(in_r, 0)
+            os.dup2(out_w, 1)
+            os.dup2(err_w, 2)
+            os.closerange(3, 256)
+            os.chdir(env["HOME"])
+            command = command.replace("/proc/meminfo", home + "/meminfo")       # each Spark has memory of its own
+            os.execve("/bin/sh", ["sh", "-c", command] if command else ["sh"], env)
+        finally:
+            os._exit(127)
+    for fd in (in_r, out_w, err_w):
+        os.close(fd)
+    if "f" in flags and os.fork():
+        os._exit(0)
+    os.set_blocking(in_w, False)
+    child = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(out_r, select.POLLIN)
+    poll.register(err_r, select.POLLIN)
+    poll.register(child, select.POLLIN)
+    outputs, pending, status, eof = {out_r: 1, err_r: 2}, b"", None, False
+    reading = "n" not in flags and "f" not in flags
+    try:
+        os.fstat(0)
+    except OSError:
+        reading = False
+    if reading:
+        poll.register(0, select.POLLIN)
+    else:
+        eof = True
+    writing = False
+
+    def stop_input():
+        nonlocal in_w, writing
+        if in_w is not None:
+            if writing:
+                poll.unregister(in_w)
+                writing = False
+            os.close(in_w)
+            in_w = None
+
+    def feed():
+        nonlocal pending, writing
+        try:
+            while pending:
+                n = os.write(in_w, pending)
+                pending = pending[n:]
+        except BlockingIOError:
+            if not writing:
+                poll.register(in_w, select.POLLOUT)
+                writing = True
+            return
+        except OSError:
+            pending = b""
+            stop_input()
+            return
+        if writing:
+            poll.unregister(in_w)
+            writing = False
+        if eof:
+            stop_input()
+
+    if eof:
+        stop_input()
+    while outputs or status is None:    # like sshd: not over before the pipes are closed AND the command has ended
+        if exists(home + "/cut"):
+            die("client_loop: send disconnect: Broken pipe")
+        if exists(home + "/freeze"):
+            frozen()
+        for fd, what in poll.poll(50):
+            if fd in outputs:
+                data = os.read(fd, 65536)
+                if not data:
+                    poll.unregister(fd)
+                    os.close(fd)
+                    del outputs[fd]
+                    continue
+                try:
+                    while data:
+                        data = data[os.write(outputs[fd], data):]
+                except OSError:
+                    os._exit(255)
+            elif fd == child:
+                status = os.waitpid(pid, 0)[1]
+                poll.unregister(child)
+            elif fd == 0:
+                if in_w is None:
+                    poll.unregister(0)
+                elif len(pending) < 1 << 20:
+                    data = os.read(0, 65536)
+                    if not data:
+                        eof = True
+                        poll.unregister(0)
+                    pending += data
+                    feed()
+                elif not writing:
+                    feed()
+            elif fd == in_w:
+                feed()
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 255
+
+try:
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)
+except KeyboardInterrupt:
+    os._exit(255)
+'''
+
+DOCKER = r'''#!@PYTHON@ -SE
+# Stand-in for docker on one Spark. No daemon: state is files, each background command has a "__shim" process.
+import json, os, sys, time
+ROOT = "@ROOT@"
+SELF = os.path.abspath(__file__)
+SPARK = os.path.dirname(os.path.dirname(SELF))
+STATE = SPARK + "/docker"
+HEX = "0123456789abcdef"
+
+def control(name):
+    if os.environ.get("RIG_FORCE"):
+        return None     # the rig itself gets through whatever fault is set
+    try:
+        with open(SPARK + "/" + name) as f:
+            return f.read()
+    except OSError:
+        return None
+
+def fail(text, code=1):
+    sys.stdout.flush()
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+    os._exit(code)
+
+def block(name):
+    while control(name) is not None and os.path.exists(ROOT):
+        time.sleep(0.02)
+
+def new_id():
+    return os.urandom(32).hex()
+
+def stamp(ns=None):
+    ns = time.time_ns() if ns is None else ns
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ns // 10**9)) + ".%09dZ" % (ns % 10**9)
+
+def moment(text):
+    # RFC 3339, unix seconds with a fraction, or a duration like 10m: nanoseconds
+    if "T" in text:
+        import calendar
+        date, _, clock = text.partition("T")
+        shift, sign = "", 0
+        if clock.endswith("Z"):
+            clock = clock[:-1]
+        elif "+" in clock:
+            clock, _, shift = clock.partition("+")
+            sign = 1
+        elif "-" in clock:
+            clock, _, shift = clock.partition("-")
+            sign = -1
+        clock, _, fraction = clock.partition(".")
+        y, mo, d = map(int, date.split("-"))
+        h, mi, s = (list(map(int, clock.split(":"))) + [0, 0])[:3]
+        ns = calendar.timegm((y, mo, d, h, mi, s)) * 10**9 + int((fraction + "0" * 9)[:9])
+        if shift:
+            sh, _, sm = shift.partition(":")
+            ns -= sign * (int(sh) * 3600 + int(sm or 0) * 60) * 10**9
+        return ns
+    if text[-1:] in "smh":
+        total, number = 0.0, ""
+        for c in text:
+            if c in "smh":
+                total += float(number) * {"s": 1, "m": 60, "h": 3600}[c]
+                number = ""
+            else:
+                number += c
+        return time.time_ns() - int(total * 1e9)
+    whole, _, fraction = text.partition(".")
+    return int(whole) * 10**9 + int((fraction + "0" * 9)[:9])
+
+def when(option, text):
+    try:
+        return moment(text)
+    except (ValueError, IndexError, KeyError):
+        fail('invalid value for "%s": failed to parse value as time or duration: "%s"' % (option, text))
+
+# --- processes: every one of a container carries RIG_CONTAINER in its environment
+
+def having(mark):
+    mark, found = b"\0" + mark.encode() + b"\0", []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open("/proc/" + name + "/environ", "rb") as f:
+                    if mark in b"\0" + f.read():
+                        found.append(int(name))
+            except OSError:
+                pass
+    return sorted(found)
+
+def processes(meta):
+    return having("RIG_CONTAINER=" + meta["id"])
+
+def cmdline(pid):
+    try:
+        with open("/proc/%d/cmdline" % pid, "rb") as f:
+            return f.read().decode("utf-8", "replace").rstrip("\0").split("\0")
+    except OSError:
+        return []
+
+def sync(cdir, meta):
+    # <container>/proc holds only this container's processes, as links to the real thing, so they vanish by themselves.
+    for pid in processes(meta):
+        try:
+            os.symlink("/proc/%d" % pid, "%s/proc/%d" % (cdir, pid))
+        except OSError:
+            pass
+    try:
+        for name in os.listdir(cdir + "/proc"):
+            if name.isdigit() and not os.path.exists(cdir + "/proc/" + name):
+                os.unlink(cdir + "/proc/" + name)
+    except OSError:
+        pass
+
+def slay(meta, first=9):
+    import signal
+    for _ in range(200):
+        alive = processes(meta)
+        if not alive:
+            return
+        for pid in alive:
+            try:
+                os.kill(pid, first)
+            except OSError:
+                pass
+        time.sleep(0.01)
+
+# --- containers
+
+def load(cdir):
+    try:
+        with open(cdir + "/meta.json") as f:
+            meta = json.load(f)
+    except (OSError, ValueError):
+        return None
+    try:
+        with open(cdir + "/exited") as f:
+            meta["exit"] = int(f.read() or 0)
+        meta["running"] = False
+    except OSError:
+        meta["exit"], meta["running"] = 0, True
+    return meta
+
+def containers():
+    found = []
+    for name in sorted(os.listdir(STATE)):
+        if not name.startswith("."):
+            meta = load(STATE + "/" + name)
+            if meta:
+                found.append((STATE + "/" + name, meta))
+    return found
+
+def find(name):
+    name = name.lstrip("/")
+    if name and "/" not in name:
+        meta = load(STATE + "/" + name)
+        if meta:
+            return STATE + "/" + name, meta
+    if len(name) >= 4 and all(c in HEX for c in name):
+        for cdir, meta in containers():
+            if meta["id"].startswith(name):
+                return cdir, meta
+    return None, None
+
+def need(name, running=False):
+    cdir, meta = find(name)
+    if not meta:
+        fail("Error response from daemon: No such container: " + name)
+    if running and not meta["running"]:
+        fail("Error response from daemon: container %s is not running" % meta["id"])
+    return cdir, meta
+
+def event(meta, action, **more):
+    line = dict(more, time=time.time_ns(), action=action, name=meta["name"], id=meta["id"], image=meta["image"])
+    fd = os.open(SPARK + "/docker.events", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(fd, json.dumps(line).encode() + b"\n")
+    os.close(fd)
+
+def remove(cdir, meta):
+    gone = STATE + "/.gone-" + meta["id"]
+    try:
+        os.rename(cdir, gone)       # first the name, at once; then the files
+    except OSError:
+        return
+    event(meta, "destroy")
+    import shutil
+    shutil.rmtree(gone, ignore_errors=True)
+
+def ended(cdir, meta, code):
+    slay(meta)
+    event(meta, "die", exitCode=str(code))
+    if meta["rm"]:
+        remove(cdir, meta)
+        return
+    try:
+        with open(cdir + "/.exited", "w") as f:
+            f.write(str(code))
+        os.rename(cdir + "/.exited", cdir + "/exited")
+    except OSError:
+        pass
+
+def path_of(program, env):
+    for folder in [""] if "/" in program else env.get("PATH", "/usr/bin:/bin").split(":"):
+        full = folder + "/" + program if folder else program
+        if os.path.isfile(full) and os.access(full, os.X_OK):
+            return full
+    return None
+
+def surroundings(meta, extra=()):
+    keep = ("HOME", "PATH", "LANG", "USER", "RIG_ROOT", "RIG_SPARK", "SPARK_ADDRESS")
+    env = {k: os.environ[k] for k in keep if k in os.environ}
+    for item in list(meta["env"]) + list(extra):
+        key, _, value = item.partition("=")
+        if key not in ("PATH", "RIG_ROOT", "RIG_SPARK"):
+            env[key] = value
+    env["HOSTNAME"] = meta["id"][:12]
+    env["RIG_CONTAINER"] = meta["id"]
+    return env
+
+def default_sigpipe():
+    import _signal
+    _signal.signal(_signal.SIGPIPE, _signal.SIG_DFL)    # Python ignores it and children would inherit that
+
+def background(cdir, meta, full, argv, env, cwd, main=False):
+    # A process forks the command, then turns into the shim: so it is the parent that sees the exit code.
+    r, w = os.pipe()
+    told, tell = os.pipe()
+    exec_id = new_id()
+    shim = os.fork()
+    if shim == 0:
+        try:
+            os.setsid()
+            child = os.fork()
+            if child == 0:
+                try:
+                    os.setsid()
+                    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+                    default_sigpipe()
+                    os.dup2(w, 1)
+                    os.dup2(w, 2)
+                    os.closerange(3, 256)
+                    os.chdir(cwd)
+                    os.execve(full, argv, env)
+                finally:
+                    os._exit(126)
+            with open(cdir + "/execs/" + exec_id, "w") as f:
+                f.write("main" if main else str(child))
+            null = os.open("/dev/null", os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
+            os.dup2(r, 200)                 # by way of high numbers: either may be 3 or 4 already
+            os.dup2(tell, 201)
+            os.dup2(200, 3)
+            os.dup2(201, 4, inheritable=False)      # closes on exec: that is the message "started"
+            os.closerange(5, 256)
+            os.execv(SELF, ["docker", "__shim", cdir, exec_id, str(child), "main" if main else "exec"])
+        finally:
+            os._exit(125)
+    os.close(w)
+    os.close(tell)
+    os.read(told, 1)
+    return exec_id
+
+def shim(cdir, exec_id, pid, kind):
+    import select
+    meta, pid = load(cdir), int(pid)
+    if not meta:
+        os._exit(1)
+    try:
+        log = os.open(cdir + "/log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    except OSError:
+        log = os.open("/dev/null", os.O_WRONLY)
+    child, poll, rest, code, opened = os.pidfd_open(pid), select.poll(), b"", None, True
+    poll.register(3, select.POLLIN)
+    poll.register(child, select.POLLIN)
+
+    def take():
+        nonlocal rest, opened
+        data = os.read(3, 65536)
+        if not data:
+            opened = False
+            poll.unregister(3)
+            data = b"\n" if rest else b""
+        lines = (rest + data).split(b"\n")
+        rest = lines.pop()
+        if lines:
+            mark = stamp().encode() + b" "
+            os.write(log, b"".join(mark + line + b"\n" for line in lines))
+
+    while opened or code is None:
+        ready = dict(poll.poll())
+        if 3 in ready:
+            take()
+        elif child in ready:        # only when the pipe is drained: the last words come before the end
+            status = os.waitpid(pid, 0)[1]
+            code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+            poll.unregister(child)
+            try:
+                os.unlink(cdir + "/execs/" + exec_id)
+            except OSError:
+                pass
+            if kind == "main":
+                now = load(cdir)
+                if now and now["id"] == meta["id"] and now["running"]:
+                    ended(cdir, meta, code)
+                break
+            event(meta, "exec_die", execID=exec_id, exitCode=str(code))
+    os._exit(0)
+
+def foreground(cdir, meta, full, argv, env, cwd, keep_stdin):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()     # the death of the docker client does not reach into the container
+            default_sigpipe()
+            if not keep_stdin:
+                os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+            os.closerange(3, 256)
+            os.chdir(cwd)
+            os.execve(full, argv, env)
+        finally:
+            os._exit(126)
+    return pid
+
+def wait_for(cdir, meta, pid):
+    import select
+    poll = select.poll()
+    poll.register(os.pidfd_open(pid), select.POLLIN)
+    pause = 5
+    while not poll.poll(pause):     # newcomers must show up in the container's /proc
+        sync(cdir, meta)
+        pause = 50
+    status = os.waitpid(pid, 0)[1]
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+
+# --- options
+
+def options(argv, valued, flags):
+    # leading options only; returns [(name, value)], rest
+    found, i = [], 0
+    while i < len(argv):
+        a = argv[i]
+        if a == "--":
+            return found, argv[i + 1:]
+        if not a.startswith("-") or a == "-":
+            break
+        i += 1
+        if a.startswith("--"):
+            name, eq, value = a.partition("=")
+            if name in valued:
+                if not eq:
+                    if i >= len(argv):
+                        fail("flag needs an argument: " + name, 125)
+                    value, i = argv[i], i + 1
+            elif name not in flags:
+                fail("unknown flag: %s\n\nUsage:  docker %s [OPTIONS]\n\nRun 'docker %s --help' for more information" % (name, sys.argv[1], sys.argv[1]), 125)
+            else:
+                value = value if eq else "true"
+            found.append((name, value))
+            continue
+        a = a[1:]
+        while a:
+            letter, a = "-" + a[0], a[1:]
+            if letter in valued:
+                if a[:1] == "=":
+                    a = a[1:]
+                if not a:
+                    if i >= len(argv):
+                        fail("flag needs an argument: '%s' in -%s" % (letter[1:], letter[1:]), 125)
+                    a, i = argv[i], i + 1
+                found.append((letter, a))
+                a = ""
+            elif letter in flags:
+                found.append((letter, "true"))
+            else:
+                fail("unknown shorthand flag: '%s' in -%s" % (letter[1:], letter[1:] + a), 125)
+    return found, argv[i:]
+
+def mixed(argv, valued, flags):
+    # options anywhere, as most docker commands allow
+    found, rest = [], []
+    while argv:
+        got, argv = options(argv, valued, flags)
+        found += got
+        if argv:
+            rest.append(argv[0])
+            argv = argv[1:]
+    return found, rest
+
+def template(text, values):
+    out, text = "", text.replace("\\t", "\t").replace("\\n", "\n")
+    while "{{" in text:
+        before, _, text = text.partition("{{")
+        key, _, text = text.partition("}}")
+        out += before
+        key = key.strip()
+        if key.startswith("json "):
+            key = key[5:].strip()
+            out += json.dumps(values.get("") if key == "." else values.get(key, None))
+        elif key in values:
+            v = values[key]
+            out += "[" + " ".join(v) + "]" if isinstance(v, list) else str(v).lower() if isinstance(v, bool) else str(v)
+        else:
+            fail("template parsing error: template: :1:2: executing \"\" at <%s>: map has no entry for key \"%s\"" % (key, key.split(".")[-1]))
+    return out + text
+
+RUN_VALUED = set("-e --env -v --volume -p --publish --network --net --entrypoint --name --shm-size --ulimit --gpus -m --memory "
+    "--memory-swap --pids-limit --stop-timeout --stop-signal --device --env-file --ipc --pid -u --user -w --workdir -h --hostname "
+    "-l --label --restart --cap-add --cap-drop --security-opt --mount --add-host --log-driver --log-opt --runtime --cpus --pull "
+    "--platform --tmpfs --cpuset-cpus --oom-score-adj --health-cmd --group-add --userns --cgroupns --network-alias --dns".split())
+RUN_FLAGS = set("-d --detach --rm -i --interactive -t --tty --privileged --init --read-only --no-healthcheck --oom-kill-disable -P -q --quiet".split())
+
+def full_name(image):
+    last = image.rsplit("/", 1)[-1]
+    return image if ":" in last or "@" in last else image + ":latest"
+
+def images():
+    listed = control("images")
+    return None if listed is None else [full_name(x) for x in listed.split()]
+
+def read_env(found):
+    env = []
+    for name, value in found:
+        if name in ("-e", "--env"):
+            if "=" in value:
+                env.append(value)
+            elif value in os.environ:
+                env.append(value + "=" + os.environ[value])
+        elif name == "--env-file":
+            try:
+                for line in open(value):
+                    line = line.strip()
+                    if line and not line.startswith("#"):
+                        env.append(line if "=" in line else line + "=" + os.environ.get(line, ""))
+            except OSError:
+                fail("docker: open %s: no such file or directory" % value, 125)
+    return env
+
+def run(argv):
+    found, rest = options(argv, RUN_VALUED, RUN_FLAGS)
+    got = dict(found)
+    if not rest:
+        fail("docker: 'docker run' requires at least 1 argument", 125)
+    image, cmd = rest[0], rest[1:]
+    if not all(c.isalnum() or c in "._/:@-" for c in image) or image != image.lower() and ":" not in image:
+        fail("docker: invalid reference format\n\nRun 'docker run --help' for more information", 125)
+    known = images()
+    if known is not None and full_name(image) not in known:
+        fail("Unable to find image '%s' locally\ndocker: Error response from daemon: pull access denied for %s, repository does not exist "
+             "or may require 'docker login'\n\nRun 'docker run --help' for more information" % (full_name(image), image.split(":")[0]), 125)
+    cid = new_id()
+    name = got.get("--name") or "rig_" + cid[:8]
+    detach = "-d" in got or "--detach" in got
+    meta = {"id": cid, "name": name, "image": image, "cmd": cmd, "env": read_env(found), "args": argv, "rm": "--rm" in got,
+            "volumes": [v for k, v in found if k in ("-v", "--volume")], "options": found, "init": "--init" in got,
+            "stop_signal": got.get("--stop-signal", "SIGTERM"), "stop_timeout": got.get("--stop-timeout"), "created": stamp(),
+            "sleeps": bool(cmd) and (cmd[0] == "earlyoom" or cmd[:2] == ["sleep", "infinity"])}
+    argv = list(cmd)
+    if got.get("--entrypoint"):
+        argv = [got["--entrypoint"]] + argv
+    elif "vllm-openai" in image and "--entrypoint" not in got:
+        argv, meta["sleeps"] = ["vllm", "serve"] + argv, False      # the image's entrypoint
+    argv = argv or ["true"]
+    fresh, cdir = STATE + "/.new-" + cid, STATE + "/" + name
+    os.makedirs(fresh + "/proc")
+    os.mkdir(fresh + "/execs")
+    for link in ("self", "meminfo", "uptime", "loadavg", "stat", "version", "cpuinfo"):
+        os.symlink("/proc/" + link, fresh + "/proc/" + link)
+    open(fresh + "/log", "w").close()
+    with open(fresh + "/meta.json", "w") as f:
+        json.dump(meta, f)
+    try:
+        os.rename(fresh, cdir)      # fails on a name in use, so two launches at once have one winner
+    except OSError:
+        import shutil
+        shutil.rmtree(fresh, ignore_errors=True)
+        other = load(cdir) or {"id": "?"}
+        fail('docker: Error response from daemon: Conflict. The container name "/%s" is already in use by container "%s". You have to '
+             "remove (or rename) that container to be able to reuse that name.\n\nRun 'docker run --help' for more information"
+             % (name, other["id"]), 125)
+    event(meta, "create")
+    event(meta, "start")
+    if meta["sleeps"]:
+        if detach:
+            print(cid)
+            return 0
+        while os.path.exists(cdir) and load(cdir) and os.path.exists(ROOT):
+            time.sleep(0.05)
+        return 137
+    env = surroundings(meta)
+    full = path_of(argv[0], env)
+    if not full:
+        meta["rm"] = True
+        ended(cdir, meta, 127)
+        fail('docker: Error response from daemon: failed to create task for container: failed to create shim task: OCI runtime create failed: '
+             'runc create failed: unable to start container process: error during container init: exec: "%s": executable file not found in $PATH' % argv[0], 127)
+    if detach:
+        background(cdir, meta, full, argv, env, env.get("HOME", "/"), main=True)
+        print(cid)
+        return 0
+    code = wait_for(cdir, meta, foreground(cdir, meta, full, argv, env, env.get("HOME", "/"), "-i" in got or "--interactive" in got))
+    ended(cdir, meta, code)
+    return code
+
+def execute(argv):
+    found, rest = options(argv, set("-e --env -w --workdir -u --user --env-file --detach-keys".split()),
+                          set("-d --detach -i --interactive -t --tty --privileged".split()))
+    got = dict(found)
+    if len(rest) < 2:
+        fail("docker: 'docker exec' requires at least 2 arguments")
+    cdir, meta = need(rest[0], running=True)
+    argv, env = rest[1:], surroundings(meta, read_env(found))
+    cwd = got.get("-w") or got.get("--workdir") or ""
+    cwd = cwd if os.path.isdir(cwd) else env.get("HOME", "/")
+    full = path_of(argv[0], env)
+    if not full:
+        fail('OCI runtime exec failed: exec failed: unable to start container process: exec: "%s": executable file not found in $PATH: unknown' % argv[0], 126)
+    if "-d" in got or "--detach" in got:
+        if "-c" in argv[1:-1]:
+            at = argv.index("-c") + 1
+            argv[at] = argv[at].replace("/proc/1/fd/1", "/dev/stdout")
+        event(meta, "exec_start")
+        background(cdir, meta, full, argv, env, cwd)
+        sync(cdir, meta)
+        return 0
+    if "-c" in argv[1:-1]:
+        import re
+        at = argv.index("-c") + 1
+        if re.search(r"\bkill\b[^;|&\n]*\s-?1\s*($|[;|&\n)])", argv[at]):
+            # There is no pid namespace here: this would hit the machine the tests run on.
+            fail("rig: refused, kill of pid 1 or -1 is not possible in the stand-in", 99)
+        argv[at] = argv[at].replace("/proc/", cdir + "/proc/")
+    sync(cdir, meta)
+    exec_id = new_id()
+    pid = foreground(cdir, meta, full, argv, env, cwd, "-i" in got or "--interactive" in got)
+    try:
+        with open(cdir + "/execs/" + exec_id, "w") as f:
+            f.write(str(pid))
+    except OSError:
+        pass
+    sync(cdir, meta)
+    code = wait_for(cdir, meta, pid)
+    try:
+        os.unlink(cdir + "/execs/" + exec_id)
+    except OSError:
+        pass
+    event(meta, "exec_die", execID=exec_id, exitCode=str(code))
+    return code
+
+def exec_ids(cdir, meta):
+    live, found = processes(meta), []
+    for name in sorted(os.listdir(cdir + "/execs")):
+        try:
+            with open(cdir + "/execs/" + name) as f:
+                pid = f.read()
+        except OSError:
+            continue
+        if pid.isdigit() and int(pid) in live:
+            found.append(name)
+    return found
+
+def inspect(argv):
+    found, names = mixed(argv, {"-f", "--format", "--type"}, {"-s", "--size"})
+    got = dict(found)
+    wanted, code, plain = got.get("-f") or got.get("--format"), 0, []
+    for name in names:
+        cdir, meta = find(name)
+        if not meta:
+            sys.stdout.write("\n" if wanted else "")
+            sys.stdout.flush()
+            sys.stderr.write("Error: No such object: %s\n" % name)
+            code = 1
+            continue
+        try:
+            ids = exec_ids(cdir, meta)
+        except OSError:
+            ids = []
+        started = meta["created"]
+        v = {".Id": meta["id"], ".Name": "/" + meta["name"], ".Created": started, ".ExecIDs": ids, ".Config.Image": meta["image"],
+             ".Image": image_id(meta["image"]), ".Config.Env": meta["env"], ".HostConfig.AutoRemove": meta["rm"], ".RestartCount": 0,
+             ".State.Running": meta["running"], ".State.OOMKilled": control("oom_killed") is not None, ".State.ExitCode": meta["exit"],
+             ".State.Status": "running" if meta["running"] else "exited", ".State.StartedAt": started, ".State.Dead": False,
+             ".State.Paused": False, ".State.Restarting": False, ".State.Pid": 4190000 if meta["running"] else 0, ".Config.Cmd": meta["cmd"]}
+        tree = {}
+        for key, value in v.items():
+            at, parts = tree, key[1:].split(".")
+            for part in parts[:-1]:
+                if not isinstance(at.get(part), dict):
+                    at[part] = {}
+                at = at[part]
+            at[parts[-1]] = value
+        v[""], v[".State"], v[".Config"] = tree, tree["State"], tree["Config"]
+        if wanted:
+            print(template(wanted, v))
+        else:
+            plain.append(tree)
+    if not wanted:
+        print(json.dumps(plain, indent=4))
+    return code
+
+def image_id(image):
+    import hashlib
+    return "sha256:" + hashlib.sha256(((control("image_id") or "") + full_name(image)).encode()).hexdigest()
+
+def image(argv):
+    if argv[:1] == ["ls"]:
+        return image_list(argv[1:])
+    if argv[:1] != ["inspect"]:
+        fail("docker: 'docker image %s' is not in the stand-in" % " ".join(argv))
+    found, names = mixed(argv[1:], {"-f", "--format", "--platform"}, set())
+    wanted, code, known = dict(found).get("-f") or dict(found).get("--format"), 0, images()
+    for name in names:
+        if known is not None and full_name(name) not in known:
+            sys.stdout.write("\n" if wanted else "[]\n")
+            sys.stdout.flush()
+            sys.stderr.write("Error response from daemon: No such image: %s\n" % full_name(name))
+            code = 1
+            continue
+        v = {".Id": image_id(name), ".RepoTags": [full_name(name)], ".Created": "2026-09-20T08:00:00Z", ".Size": 21474836480, ".Architecture": "arm64"}
+        v[""] = {k[1:]: x for k, x in v.items() if k}
+        print(template(wanted, v) if wanted else json.dumps([v[""]], indent=4))
+    return code
+
+def image_list(argv):
+    found, _ = mixed(argv, {"--format", "-f", "--filter"}, {"-a", "-q", "--quiet", "--no-trunc"})
+    wanted = dict(found).get("--format")
+    for name in images() or ["vllm-node:latest"]:
+        repository, _, tag = name.rpartition(":")
+        v = {".Repository": repository, ".Tag": tag, ".ID": image_id(name)[7:19], ".Size": "21.5GB", ".CreatedSince": "2 months ago"}
+        v[""] = {k[1:]: x for k, x in v.items() if k}
+        print(template(wanted or "{{.Repository}}\t{{.Tag}}\t{{.ID}}\t{{.Size}}", v))
+    return 0
+
+def ps(argv):
+    import re
+    found, _ = mixed(argv, {"-f", "--filter", "--format", "-n", "--last"}, {"-a", "--all", "-q", "--quiet", "--no-trunc", "-s", "-l"})
+    got, rows = dict(found), []
+    filters = [v.partition("=")[::2] for k, v in found if k in ("-f", "--filter")]
+    everything = "-a" in got or "--all" in got or any(k == "status" for k, _ in filters)
+    for cdir, meta in containers():
+        if not (meta["running"] or everything):
+            continue
+        wanted = {}
+        for key, value in filters:      # same key: any of them; other keys: all of them
+            ok = (bool(re.search(value, meta["name"]) or re.search(value, "/" + meta["name"])) if key == "name" else
+                  value == ("running" if meta["running"] else "exited") if key == "status" else
+                  meta["id"].startswith(value) if key == "id" else full_name(value) == full_name(meta["image"]) if key == "ancestor" else True)
+            wanted[key] = wanted.get(key, False) or ok
+        if not all(wanted.values()):
+            continue
+        cid = meta["id"] if "--no-trunc" in got else meta["id"][:12]
+        v = {".ID": cid, ".Names": meta["name"], ".Image": meta["image"], ".State": "running" if meta["running"] else "exited",
+             ".Status": "Up 5 minutes" if meta["running"] else "Exited (%d) 5 seconds ago" % meta["exit"], ".Ports": "",
+             ".Command": '"%s"' % " ".join(meta["cmd"])[:20], ".CreatedAt": meta["created"], ".RunningFor": "5 minutes ago"}
+        v[""] = {k[1:]: x for k, x in v.items() if k}
+        rows.append(v)
+    wanted = got.get("--format")
+    if wanted and wanted.startswith("table "):
+        wanted = wanted[6:]
+        print(template(wanted, {k: k[1:].upper() for k in (".ID", ".Names", ".Image", ".State", ".Status", ".Ports", ".Command", ".CreatedAt", ".RunningFor")}))
+    if "-q" in got or "--quiet" in got:
+        wanted = "{{.ID}}"
+    if not wanted:
+        wanted = "{{.ID}}   {{.Image}}   {{.Command}}   {{.RunningFor}}   {{.Status}}   {{.Ports}}   {{.Names}}"
+        print("CONTAINER ID   IMAGE     COMMAND   CREATED   STATUS    PORTS     NAMES")
+    for v in rows:
+        print(template(wanted, v))
+    return 0
+
+def top(argv):
+    if not argv:
+        fail("docker: 'docker top' requires at least 1 argument")
+    cdir, meta = need(argv[0], running=True)
+    columns, words = ["uid", "pid", "ppid", "cmd"], argv[1:]
+    for i, word in enumerate(words):
+        if word.startswith("-") and word.endswith("o") and i + 1 < len(words):
+            columns = words[i + 1].split(",")
+        elif word.startswith("-") and "o" in word and "," in word:
+            columns = word[word.index("o") + 1:].split(",")
+    rows = [[c.upper() if c not in ("args", "cmd", "command", "comm") else "COMMAND" for c in columns]]
+    listed = [(4190000, ["sleep", "infinity"] if meta["cmd"][:1] != ["earlyoom"] else meta["cmd"])] if meta["sleeps"] else []
+    for pid, args in listed + [(p, cmdline(p)) for p in processes(meta)]:
+        if args and args[0]:
+            v = {"pid": pid, "ppid": 1, "uid": "root", "user": "root", "args": " ".join(args), "comm": os.path.basename(args[0])}
+            v["cmd"] = v["command"] = v["args"]
+            rows.append([str(v.get(c.strip().split("=")[0], "-")) for c in columns])
+    for row in rows:
+        print("".join(x.ljust(20) for x in row[:-1]) + row[-1])
+    return 0
+
+def logs(argv):
+    found, names = mixed(argv, {"--since", "--until", "--tail", "-n"}, {"-f", "--follow", "-t", "--timestamps", "--details"})
+    got = dict(found)
+    if len(names) != 1:
+        fail("docker: 'docker logs' requires 1 argument")
+    since = stamp(when("since", got["--since"])) if got.get("--since") else ""
+    until = stamp(when("until", got["--until"])) if got.get("--until") else "~"
+    tail = got.get("--tail") or got.get("-n") or "all"
+    follow, marks = "-f" in got or "--follow" in got, "-t" in got or "--timestamps" in got
+    cdir, meta = need(names[0])
+    f, rest, first = open(cdir + "/log", "rb"), b"", True
+    while True:
+        now = load(cdir) if follow else None
+        live = bool(now and now["running"] and now["id"] == meta["id"])      # asked before reading: the last lines must not be lost
+        lines = (rest + f.read()).split(b"\n")
+        rest = lines.pop()
+        lines = [x for x in lines if since <= x[:30].decode("ascii", "replace") <= until]
+        if first and tail != "all":
+            lines = lines[-int(tail):] if int(tail) else []
+        first = False
+        if lines:
+            data = b"".join((x if marks else x[31:]) + b"\n" for x in lines)
+            try:
+                while data:
+                    data = data[os.write(1, data):]
+            except OSError:
+                os._exit(1)
+        if not live:
+            return 0
+        if not os.path.exists(ROOT):
+            return 1
+        time.sleep(0.02)
+
+def halt(cdir, meta, limit=None):
+    import signal
+    delay = float(control("stop_delay") or 0.2)
+    if limit is None and meta["stop_timeout"] is not None:
+        limit = meta["stop_timeout"]
+    if limit is not None:
+        delay = min(delay, float(limit))
+    if meta["stop_signal"] in ("SIGKILL", "KILL", "9") or meta["init"] and meta["sleeps"]:
+        delay = min(delay, 0.02)    # PID 1 heeds the signal
+    event(meta, "kill", signal="15")
+    if os.environ.get("RIG_FORCE"):
+        delay = 0
+    until = time.monotonic() + delay
+    if not meta["sleeps"]:
+        for pid in processes(meta):     # the main process is PID 1 and gets the signal
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except OSError:
+                pass
+    while time.monotonic() < until and load(cdir):
+        if not meta["sleeps"] and not processes(meta):
+            break
+        time.sleep(0.01)
+    now = load(cdir)
+    if now and now["id"] == meta["id"] and now["running"]:
+        ended(cdir, meta, 137)
+    while True:                         # a shim may be half way through its own removal
+        now = load(cdir)
+        if not now or now["id"] != meta["id"] or not now["running"]:
+            return
+        time.sleep(0.01)
+
+def stop(argv):
+    found, names = mixed(argv, {"-t", "--time", "--timeout", "-s", "--signal"}, set())
+    got, code = dict(found), 0
+    for name in names:
+        cdir, meta = find(name)
+        if not meta:
+            sys.stderr.write("Error response from daemon: No such container: %s\n" % name)
+            code = 1
+            continue
+        block("stop_hangs")
+        if meta["running"]:
+            halt(cdir, meta, got.get("-t") or got.get("--time") or got.get("--timeout"))
+        print(name)
+    return code
+
+def kill(argv):
+    import signal
+    found, names = mixed(argv, {"-s", "--signal"}, set())
+    which = dict(found).get("-s") or dict(found).get("--signal") or "KILL"
+    number = int(which) if which.isdigit() else getattr(signal, "SIG" + which.upper().replace("SIG", ""))
+    for name in names:
+        cdir, meta = find(name)
+        if not meta:
+            fail("Error response from daemon: cannot kill container: %s: No such container: %s" % (name, name))
+        if not meta["running"]:
+            fail("Error response from daemon: cannot kill container: %s: container %s is not running" % (name, meta["id"]))
+        if number == 9:
+            ended(cdir, meta, 137)
+        elif not meta["sleeps"]:
+            for pid in processes(meta):
+                os.kill(pid, number)
+        print(name)
+    return 0
+
+def rm(argv):
+    found, names = mixed(argv, set(), {"-f", "--force", "-v", "--volumes"})
+    force, code = "-f" in dict(found) or "--force" in dict(found), 0
+    for name in names:
+        cdir, meta = find(name)
+        if not meta:
+            sys.stderr.write("Error response from daemon: No such container: %s\n" % name)
+            code = code if force else 1
+            continue
+        block("stop_hangs")
+        if meta["running"] and not force:
+            sys.stderr.write('Error response from daemon: cannot remove container "/%s": container is running: stop the container before '
+                             "removing or force remove\n" % meta["name"])
+            code = 1
+            continue
+        slay(meta)
+        if meta["running"]:
+            event(meta, "die", exitCode="137")
+        remove(cdir, meta)
+        while True:
+            now = load(cdir)
+            if not now or now["id"] != meta["id"]:
+                break
+            time.sleep(0.01)
+        print(name)
+    return code
+
+def events(argv):
+    found, _ = mixed(argv, {"--since", "--until", "-f", "--filter", "--format"}, set())
+    got = dict(found)
+    since = when("since", got["--since"]) if got.get("--since") else time.time_ns()
+    until = when("until", got["--until"]) if got.get("--until") else None
+    filters, at = [v.partition("=")[::2] for k, v in found if k in ("-f", "--filter")], 0
+    while True:
+        over = until is not None and time.time_ns() >= until
+        try:
+            with open(SPARK + "/docker.events") as f:
+                f.seek(at)
+                text = f.read()
+                at = f.tell()
+        except OSError:
+            text = ""
+        for line in text.splitlines():
+            e = json.loads(line)
+            if e["time"] < since or until is not None and e["time"] > until:
+                continue
+            wanted = {}
+            for key, value in filters:
+                ok = (e["action"] == value if key == "event" else value == e["name"] or e["id"].startswith(value) if key == "container" else
+                      value == "container" if key == "type" else full_name(value) == full_name(e["image"]) if key == "image" else True)
+                wanted[key] = wanted.get(key, False) or ok
+            if all(wanted.values()):
+                v = {".Actor.Attributes." + k: x for k, x in e.items() if k not in ("time", "action", "id")}
+                v.setdefault(".Actor.Attributes.exitCode", "<no value>")
+                v.update({".Action": e["action"], ".Status": e["action"], ".Type": "container", ".ID": e["id"], ".Actor.ID": e["id"],
+                          ".Time": e["time"] // 10**9, ".TimeNano": e["time"], ".time": e["time"] // 10**9, ".timeNano": e["time"]})
+                v[""] = {"status": e["action"], "id": e["id"], "from": e["image"], "Type": "container", "Action": e["action"], "time": e["time"] // 10**9,
+                         "timeNano": e["time"], "Actor": {"ID": e["id"], "Attributes": {k: x for k, x in e.items() if k not in ("time", "action", "id")}}}
+                print(template(got.get("--format") or stamp(e["time"]) + " container {{.Action}} {{.ID}} (name={{.Actor.Attributes.name}})", v))
+        sys.stdout.flush()
+        if over:
+            return 0
+        if not os.path.exists(ROOT):
+            return 1
+        time.sleep(0.03)
+
+# --- pgrep, pkill, killall: confined, since there is no pid namespace to confine them
+
+def by_name(program, argv):
+    import re, signal
+    number, opts, pattern, i = signal.SIGTERM, "", None, 0
+    while i < len(argv):
+        a, i = argv[i], i + 1
+        if a in ("--signal", "-s", "-P", "-u", "-U"):
+            if a in ("--signal", "-s") and program != "pgrep":
+                number, i = signal_number(argv[i]), i + 1
+            else:
+                i += 1
+        elif a.startswith("-") and a[1:2].isdigit() or a.startswith("-") and a[1:2].isupper() and len(a) > 2:
+            number = signal_number(a[1:])
+        elif a.startswith("--"):
+            opts += a[2:3]
+        elif a.startswith("-"):
+            opts += a[1:]
+        else:
+            pattern = a
+    inside = os.environ.get("RIG_CONTAINER")
+    if inside:
+        pids = having("RIG_CONTAINER=" + inside)
+    else:
+        mine = set(having("RIG_ROOT=" + ROOT))
+        pids = [p for p in having("RIG_SPARK=" + os.path.basename(SPARK)) if p in mine]
+    hits = []
+    for pid in pids:
+        args = cmdline(pid)
+        if pid == os.getpid() or not args or any(a.endswith(("/bin/docker", "/bin/ssh")) for a in args[:4]):
+            continue
+        try:
+            comm = open("/proc/%d/comm" % pid).read().strip()
+        except OSError:
+            continue
+        text = " ".join(args) if "f" in opts and program != "killall" else comm
+        if (text == pattern) if program == "killall" else (re.fullmatch if "x" in opts else re.search)(pattern or "", text):
+            hits.append((pid, comm, " ".join(args)))
+    if program == "pgrep":
+        if "c" in opts:
+            print(len(hits))
+        else:
+            for pid, comm, args in hits:
+                print(pid if not ("a" in opts or "l" in opts) else "%d %s" % (pid, args if "a" in opts else comm))
+    else:
+        for pid, _, _ in hits:
+            try:
+                os.kill(pid, number)
+            except OSError:
+                pass
+        if program == "killall" and not hits:
+            sys.stderr.write("%s: no process found\n" % pattern)
+    return 0 if hits else 1
+
+def signal_number(text):
+    import signal
+    return int(text) if text.isdigit() else getattr(signal, "SIG" + text.upper().replace("SIG", ""))
+
+def main():
+    program = os.path.basename(sys.argv[0])
+    if program in ("pgrep", "pkill", "killall"):
+        return by_name(program, sys.argv[1:])
+    argv = sys.argv[1:]
+    if argv[:1] == ["__shim"]:
+        return shim(*argv[1:])
+    if argv[:1] == ["container"]:
+        argv = argv[1:]
+    if not argv:
+        fail("Usage:  docker [OPTIONS] COMMAND", 1)
+    if argv[0] in ("--version", "-v"):
+        print("Docker version 28.2.2, build e6534b4")
+        return 0
+    block("docker_hangs")
+    if control("docker_down") is not None:
+        fail("Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?")
+    commands = {"run": run, "exec": execute, "inspect": inspect, "ps": ps, "top": top, "logs": logs, "stop": stop, "kill": kill,
+                "rm": rm, "events": events, "image": image, "images": image_list, "ls": ps}
+    if argv[0] in commands:
+        sys.argv[1:] = argv
+        return commands[argv[0]](argv[1:])
+    if argv[0] == "version":
+        print("28.2.2")
+        return 0
+    if argv[0] == "info":
+        print("28.2.2" if len(argv) > 1 else "Server:\n Server Version: 28.2.2")
+        return 0
+    if argv[0] == "pull":
+        known = images()
+        if known is not None and full_name(argv[-1]) not in known:
+            with open(SPARK + "/images", "a") as f:
+                f.write("\n" + argv[-1] + "\n")
+        print("Status: Downloaded newer image for " + full_name(argv[-1]))
+        return 0
+    fail("docker: unknown command: docker %s\n\nRun 'docker --help' for more information" % argv[0])
+
+code = main()
+try:
+    sys.stdout.flush()
+except OSError:
+    code = code or 1
+os._exit(code or 0)
+'''
+
+LAUNCHER = r'''#!/bin/bash
+# Stand-in for launch-cluster.sh as of September 2026.
+here="$(dirname "$(realpath "$0")")"
+faults="$RIG_ROOT/sparks/$RIG_SPARK"
+image=vllm-node name=vllm_node nodes="" solo="" daemon="" ray="" action="" command="" keep="sleep infinity" check=""
+extra="-e NCCL_IGNORE_CPU_AFFINITY=1 -v ${HF_HOME:-$HOME/.cache/huggingface}:/root/.cache/huggingface $VLLM_SPARK_EXTRA_DOCKER_ARGS"
+
+usage() {
+    echo "Usage: $0 [-n <node_ips>] [-t <image_name>] [--name <container_name>] [--check-config] [--solo] [--ray|--no-ray] [-v <local:container>] [-d] [action] [command]"
+    echo "  -n, --nodes     Comma-separated list of node IPs (Optional, auto-detected if omitted)"
+    echo "  -t              Docker image name (Optional, default: $image)"
+    echo "  --name          Container name (Optional, default: $name)"
+    echo "  -e, --env       Environment variable to pass to container (e.g. -e VAR=val)"
+    echo "  --solo          Solo mode: launch only on current node, do not launch Ray cluster"
+    echo "  -p, --publish   Publish a container port (solo mode only)"
+    echo "  -v, --volume    Map a volume"
+    echo "  --ray           Use Ray for multi-node vLLM"
+    echo "  --no-ray        Default for multi-node vLLM without Ray"
+    echo "  --earlyoom      Run earlyoom as the container foreground process instead of sleep infinity"
+    echo "  -d              Daemon mode (only for 'start' action)"
+    echo "  action          start | stop | status | exec (Default: start)"
+    exit 1
+}
+
+if [ -f "$faults/launcher_hangs" ]; then
+    while [ -f "$faults/launcher_hangs" ]; do sleep 0.05; done
+fi
+if [ -f "$faults/launcher_exit" ]; then
+    code="$(cat "$faults/launcher_exit")"
+    echo "Error: something broke"
+    exit "${code:-1}"
+fi
+
+while [ $# -gt 0 ]; do
+    case "$1" in
+        -n|--nodes) nodes="$2"; shift ;;
+        -t) image="$2"; shift ;;
+        --name) name="$2"; named=1; shift ;;
+        -e|--env) extra="$extra -e $2"; shift ;;
+        -v|--volume) extra="$extra -v $2"; shift ;;
+        -p|--publish) extra="$extra -p $2"; shift ;;
+        --eth-if|--ib-if|-j|--apply-mod|--master-port|--mem-limit-gb|--mem-swap-limit-gb|--pids-limit|--shm-size-gb|--config) shift ;;
+        --nccl-debug|--no-cache-dirs|--keep-entrypoint|--non-privileged) ;;
+        --check-config) check=1 ;;
+        --solo) solo=1 ;;
+        --ray) ray=1 ;;
+        --no-ray) ray="" ;;
+        --earlyoom) keep="earlyoom -M 524288,102400 -s 100 -r 60" ;;
+        --earlyoom-args) keep="earlyoom $2"; shift ;;
+        -d) daemon=1 ;;
+        -h|--help) usage ;;
+        start|stop|status) action="$1" ;;
+        exec) action=exec; shift; command="$(printf '%q ' "$@")"; break ;;
+        *) echo "Error: Unknown argument or action: $1"; usage ;;
+    esac
+    shift
+done
+action="${action:-start}"
+
+if [ -f "$here/.env" ]; then
+    echo "Loading configuration from .env file..."
+    while IFS='=' read -r key value || [ -n "$key" ]; do
+        case "$key" in
+            ''|\#*) ;;
+            CLUSTER_NODES) nodes="${nodes:-$value}" ;;
+            CONTAINER_NAME) [ -n "$named" ] || name="$value" ;;
+            CONTAINER_*) extra="$extra -e ${key#CONTAINER_}=$value" ;;
+        esac
+    done < "$here/.env"
+fi
+
+if [ -n "$solo" ]; then
+    head="${SPARK_ADDRESS:-127.0.0.1}"
+    peers=()
+else
+    if [ -z "$nodes" ]; then
+        echo "Error: ibdev2netdev not found. Cannot auto-detect interfaces."
+        exit 1
+    fi
+    IFS=, read -r -a peers <<< "${nodes// /}"
+    head="${peers[0]}"
+    peers=("${peers[@]:1}")
+fi
+[ -z "$check" ] || { echo "Configuration check complete."; exit 0; }
+
+stop_cluster() {
+    echo ""
+    echo "Stopping cluster..."
+    docker stop "$name" >/dev/null 2>&1
+    for worker in "${peers[@]}"; do
+        ssh "$worker" "docker stop $name" >/dev/null 2>&1
+    done
+    echo "Cluster stopped."
+}
+
+case "$action" in
+    stop)
+        stop_cluster
+        exit 0 ;;
+    status)
+        if docker ps | grep -q "$name"; then echo "[HEAD] $head: Container '$name' is RUNNING."
+        else echo "[HEAD] $head: Container '$name' is NOT running."; fi
+        for worker in "${peers[@]}"; do
+            if ssh "$worker" "docker ps | grep -q '$name'"; then echo "[WORKER] $worker: Container '$name' is RUNNING."
+            else echo "[WORKER] $worker: Container '$name' is NOT running."; fi
+        done
+        exit 0 ;;
+esac
+
+# Without -d the launcher's end is the cluster's end, a lost ssh line included.
+[ -n "$daemon" ] || trap 'trap - EXIT; stop_cluster; exit' EXIT INT TERM HUP
+
+if [ "$action" = exec ] && [ ${#peers[@]} -gt 0 ]; then
+    need=1 found="" last=""
+    for word in $(sed 's/\(--[a-z-]*\)=/\1 /g' <<< "$command"); do
+        case "$last" in
+            -tp|--tensor-parallel-size|-pp|--pipeline-parallel-size|-dp|--data-parallel-size)
+                [[ "$word" =~ ^[0-9]+$ ]] && need=$((need * word)) && found=1 ;;
+        esac
+        last="$word"
+    done
+    total=$((1 + ${#peers[@]}))
+    if [ -n "$found" ] && [ $need -gt $total ]; then
+        trap - EXIT
+        echo "Error: Command requires $need nodes (tp*pp*dp) but only $total node(s) are configured."
+        exit 1
+    elif [ -n "$found" ] && [ $need -lt $total ]; then
+        echo "Note: Command requires $need node(s); using $need of $total configured node(s)."
+        peers=("${peers[@]:0:$((need - 1))}")
+    fi
+fi
+
+running=""
+docker ps --format '{{.Names}}' | grep -q "^$name$" && running=1
+for worker in "${peers[@]}"; do
+    ssh "$worker" "docker ps --format '{{.Names}}' | grep -q '^$name$'" && running=1
+done
+if [ -n "$running" ]; then
+    echo "Warning: Container '$name' is already running on head node ($head)."
+    echo "Cluster containers are already running. Skipping launch."
+else
+    if [ ${#peers[@]} -gt 0 ]; then
+        here_id="$(docker image inspect --format '{{.Id}}' "$image" 2>/dev/null)"
+        for worker in "${peers[@]}"; do
+            if [ -z "$here_id" ] || [ "$(ssh "$worker" "docker image inspect --format '{{.Id}}' $image" 2>/dev/null)" != "$here_id" ]; then
+                trap - EXIT
+                echo "Error: Docker image mismatch on worker node ($worker):"
+                echo "Error: Cluster launch aborted because image '$image' is not in sync."
+                exit 1
+            fi
+        done
+    fi
+    # Unquoted on purpose: the real one splits these words on spaces too.
+    line="docker run --privileged --ulimit nofile=1048576:1048576 --ipc=host --gpus all -d --rm --network host --name $name --entrypoint= $extra"
+    echo "Starting Head Node on $head..."
+    $line -e VLLM_HOST_IP=$head $image $keep
+    for worker in "${peers[@]}"; do
+        echo "Starting Worker Node on $worker..."
+        ssh "$worker" "$line -e VLLM_HOST_IP=$worker $image $keep"
+    done
+    sleep "$(cat "$faults/launcher_sleep" 2>/dev/null || echo 0.05)"
+fi
+
+if [ "$action" = start ]; then
+    if [ -n "$daemon" ]; then echo "Cluster started in background (Daemon mode)."; exit 0; fi
+    echo "Cluster is running. Press Ctrl+C to stop."
+    while docker ps --format '{{.Names}}' | grep -q "^$name$"; do sleep 0.1; done
+    exit 0
+fi
+
+echo "Executing command: $command"
+if [ ${#peers[@]} -gt 0 ]; then
+    if [ -n "$ray" ]; then
+        command="$command --distributed-executor-backend ray"
+    elif grep -q "vllm serve" <<< "$command"; then
+        command="$(sed -E 's/--distributed-executor-backend(=|[[:space:]]+)[^[:space:]]+//g' <<< "$command")"
+        base="$command --nnodes $((1 + ${#peers[@]}))" rank=1
+        for worker in "${peers[@]}"; do
+            echo "Launching worker (rank $rank) on $worker..."
+            printf -v remote 'docker exec -d %q bash -c %q' "$name" \
+                "$base --node-rank $rank --master-addr $head --master-port 29501 --headless >> /proc/1/fd/1 2>&1"
+            ssh -o BatchMode=yes -o StrictHostKeyChecking=no "$worker" "$remote"
+            rank=$((rank + 1))
+        done
+        command="$base --node-rank 0 --master-addr $head --master-port 29501"
+    fi
+fi
+if [ -n "$daemon" ]; then
+    docker exec -d "$name" bash -c "$command >> /proc/1/fd/1 2>&1"
+    echo "Command dispatched in background (Daemon mode). Container: $name"
+    exit 0
+fi
+docker exec -i "$name" bash -c "$command"
+'''
+
+LAUNCHER_JAN = r'''#!/bin/bash
+# Stand-in for launch-cluster.sh as of January 2026: no --solo, no --no-ray, exec only in the foreground.
+here="$(dirname "$(realpath "$0")")"
+faults="$RIG_ROOT/sparks/$RIG_SPARK"
+image=vllm-node name=vllm_node nodes="" daemon="" action="" command=""
+extra="-v $HOME/.cache/huggingface:/root/.cache/huggingface $VLLM_SPARK_EXTRA_DOCKER_ARGS"
+
+usage() {
+    echo "Usage: $0 [-n <node_ips>] [-t <image_name>] [--name <container_name>] [--check-config] [-d] [action] [command]"
+    echo "  -n, --nodes     Comma-separated list of node IPs (Optional, auto-detected if omitted)"
+    echo "  -t              Docker image name (Optional, default: $image)"
+    echo "  --name          Container name (Optional, default: $name)"
+    echo "  -d              Daemon mode (only for 'start' action)"
+    echo "  action          start | stop | status | exec (Default: start)"
+    exit 1
+}
+
+while [ -f "$faults/launcher_hangs" ]; do sleep 0.05; done
+if [ -f "$faults/launcher_exit" ]; then
+    code="$(cat "$faults/launcher_exit")"
+    echo "Error: something broke"
+    exit "${code:-1}"
+fi
+
+while [ $# -gt 0 ]; do
+    case "$1" in
+        -n|--nodes) nodes="$2"; shift ;;
+        -t) image="$2"; shift ;;
+        --name) name="$2"; shift ;;
+        --eth-if|--ib-if|--nccl-debug|--apply-mod) shift ;;
+        --check-config) echo "Configuration check complete."; exit 0 ;;
+        -d) daemon=1 ;;
+        -h|--help) usage ;;
+        start|stop|status) action="$1" ;;
+        exec) action=exec; shift; command="$(printf '%q ' "$@")"; break ;;
+        *) echo "Error: Unknown argument or action: $1"; usage ;;
+    esac
+    shift
+done
+action="${action:-start}"
+if [ -f "$here/.env" ]; then
+    while IFS='=' read -r key value || [ -n "$key" ]; do
+        [ "$key" != CLUSTER_NODES ] || nodes="${nodes:-$value}"
+    done < "$here/.env"
+fi
+if [ -z "$nodes" ]; then
+    echo "Error: ibdev2netdev not found. Cannot auto-detect interfaces."
+    exit 1
+fi
+IFS=, read -r -a peers <<< "${nodes// /}"
+head="${peers[0]}"
+peers=("${peers[@]:1}")
+
+stop_cluster() {
+    echo ""
+    echo "Stopping cluster..."
+    docker stop "$name" >/dev/null 2>&1
+    for worker in "${peers[@]}"; do
+        ssh "$worker" "docker stop $name" >/dev/null 2>&1
+    done
+    echo "Cluster stopped."
+}
+
+case "$action" in
+    stop) stop_cluster; exit 0 ;;
+    status)
+        for node in "$head" "${peers[@]}"; do
+            if ssh "$node" "docker ps | grep -q '$name'"; then echo "[NODE] $node: Container '$name' is RUNNING."
+            else echo "[NODE] $node: Container '$name' is NOT running."; fi
+        done
+        exit 0 ;;
+esac
+
+if [ "$action" = exec ] || [ -z "$daemon" ]; then
+    trap 'trap - EXIT; stop_cluster; exit' EXIT INT TERM HUP
+fi
+if docker ps --format '{{.Names}}' | grep -q "^$name$"; then
+    echo "Cluster containers are already running. Skipping launch."
+else
+    line="docker run --privileged --gpus all -d --rm --network host --name $name --entrypoint= $extra"
+    $line $image sleep infinity
+    for worker in "${peers[@]}"; do
+        ssh "$worker" "$line $image sleep infinity"
+    done
+    sleep "$(cat "$faults/launcher_sleep" 2>/dev/null || echo 0.05)"
+fi
+if [ "$action" = exec ]; then
+    echo "Executing command on head node: $command"
+    docker exec -i "$name" bash -c "$command" &
+    wait $!        # so that a signal is heeded at once
+    exit $?
+fi
+[ -z "$daemon" ] || { echo "Cluster started in background (Daemon mode)."; exit 0; }
+while docker ps --format '{{.Names}}' | grep -q "^$name$"; do sleep 0.1; done
+'''
+
+VLLM = r'''#!@PYTHON@ -SE
+# Stand-in for "vllm serve". What goes wrong is set in <spark>/vllm.json, by served name or model.
+import json, os, signal, socket, sys, threading, time
+ROOT = "@ROOT@"
+SPARK = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+VERSION = "0.33.0"
+MULTI = set("--served-model-name --api-key --lora-modules --middleware --ssl-ciphers --cuda-graph-sizes --cudagraph-capture-sizes".split())
+INTS = set("--port --max-num-seqs --tensor-parallel-size --pipeline-parallel-size --data-parallel-size --nnodes --node-rank --master-port "
+    "--seed --block-size --swap-interval --max-logprobs --api-server-count --decode-context-parallel-size --shutdown-timeout "
+    "--max-parallel-loading-workers --data-parallel-rank --stream-interval --max-lora-rank --max-loras".split())
+HUMAN = set("--max-model-len --max-num-batched-tokens --kv-cache-memory-bytes --long-prefill-token-threshold".split())
+FLOATS = set("--gpu-memory-utilization --cpu-offload-gb --device-memory-utilization".split())
+JSONS = set("--speculative-config --compilation-config --hf-overrides --override-generation-config --limit-mm-per-prompt --mm-processor-kwargs "
+    "--default-chat-template-kwargs --kv-transfer-config --model-loader-extra-config --additional-config --attention-config".split())
+STRINGS = set("--host --model --tokenizer --tokenizer-mode --load-format --kv-cache-dtype --attention-backend --moe-backend --quantization "
+    "--distributed-executor-backend --tool-call-parser --reasoning-parser --runner --convert --chat-template --chat-template-content-format "
+    "--master-addr --uvicorn-log-level --root-path --revision --download-dir --safetensors-load-strategy --config-format --generation-config "
+    "--allowed-origins --allowed-methods --allowed-headers --ssl-keyfile --ssl-certfile --task-type --structured-outputs-config --log-config-file "
+    "--tool-parser-plugin --reasoning-parser-plugin --response-role --tokenizer-revision --code-revision --config --mamba-ssm-cache-dtype "
+    "--mamba-cache-mode --scheduling-policy --performance-mode --optimization-level --logits-processors --otlp-traces-endpoint --prefix-caching-hash-algo".split())
+CHOICES = {"--dtype": "auto bfloat16 float float16 float32 half".split()}
+BOOLS = set("--trust-remote-code --enforce-eager --enable-prefix-caching --enable-chunked-prefill --async-scheduling --enable-auto-tool-choice "
+    "--enable-expert-parallel --headless --enable-sleep-mode --enable-server-load-tracking --disable-log-stats --enable-log-requests "
+    "--disable-log-requests --disable-uvicorn-access-log --enable-lora --language-model-only --disable-frontend-multiprocessing "
+    "--enable-prompt-tokens-details --enable-request-id-headers --skip-mm-profiling --disable-custom-all-reduce --calculate-kv-scales "
+    "--enable-force-include-usage --return-tokens-as-token-ids --disable-access-log-for-endpoints --use-tqdm-on-load --enable-scale-out "
+    "--enable-reasoning --skip-tokenizer-init --enable-dbo --disable-hybrid-kv-cache-manager --enable-flashinfer-autotune".split())
+SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size", "-sc": "--speculative-config",
+    "-cc": "--compilation-config", "-q": "--quantization", "-dcp": "--decode-context-parallel-size", "-n": "--nnodes", "-r": "--node-rank",
+    "-asc": "--api-server-count", "-O": "--optimization-level", "-ac": "--attention-config"}
+VALUED = MULTI | INTS | HUMAN | FLOATS | JSONS | STRINGS | set(CHOICES)
+FOREIGN = bool(os.environ.get("RIG_FOREIGN"))
+ME = os.getpid()
+
+def write(text):
+    try:
+        os.write(1, text.encode())
+    except OSError:
+        pass        # nobody reads: the real one goes on too
+
+def say(process, where, text, level="INFO"):
+    pid = ME if process == "APIServer" else ME + 34
+    head = "(%s pid=%d) %s %s [%s] " % (process, pid, level, time.strftime("%m-%d %H:%M:%S", time.gmtime()), where)
+    write("".join(head + line + "\n" for line in text.split("\n")))
+
+def reject(text, code=2):
+    write("usage: vllm serve [model_tag] [options]\nvllm serve: error: " + text + "\n")
+    os._exit(code)
+
+def number(text):
+    units = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+    if text in ("auto", "-1"):
+        return 4096
+    return int(float(text[:-1]) * units[text[-1]]) if text[-1:] in units else int(text)
+
+def parse(argv):
+    got, unknown, positional, i = {}, [], [], 0
+    loose = False       # argparse lists the words after an unknown flag with it
+
+    def flaglike(t):
+        return t.startswith("-") and len(t) > 1 and not t[1:].replace(".", "").isdigit()
+
+    while i < len(argv):
+        a, i = argv[i], i + 1
+        if not flaglike(a):
+            if not positional and not loose:
+                positional.append(a)
+            else:
+                unknown.append(a)
+            continue
+        name, eq, value = a.partition("=")
+        base = name.partition(".")[0]
+        base = SHORT.get(base, base if not base.startswith("--") else base.replace("_", "-"))
+        if name[:2] == "-O" and name[2:].isdigit():
+            continue
+        if base.startswith("--no-") and "--" + base[5:] in BOOLS:
+            got["--" + base[5:]], loose = False, False
+            continue
+        if base in BOOLS:
+            got[base], loose = True, False
+            continue
+        if base not in VALUED:
+            unknown.append(a)
+            loose = True
+            continue
+        loose = False
+        if not eq:
+            values = []
+            while i < len(argv) and not flaglike(argv[i]) and (base in MULTI or not values):
+                values.append(argv[i])
+                i += 1
+            if not values:
+                reject("argument %s: expected %s argument" % (base, "at least one" if base in MULTI else "one"))
+        else:
+            values = [value]
+        value = values[-1]
+        try:
+            if base in INTS:
+                value = int(value)
+            elif base in HUMAN:
+                value = number(value)
+            elif base in FLOATS:
+                value = float(value)
+        except ValueError:
+            reject("argument %s: invalid %s value: %r" % (base, "float" if base in FLOATS else "int", value))
+        if base in CHOICES and value not in CHOICES[base]:
+            reject("argument %s: invalid choice: %r (choose from %s)" % (base, value, ", ".join(map(repr, CHOICES[base]))))
+        if base in JSONS and "." not in name:
+            try:
+                json.loads(value)
+            except ValueError:
+                label = {"--speculative-config": "/-sc", "--compilation-config": "/-cc"}.get(base, "")
+                reject("argument %s%s: Value %s cannot be converted to <function loads at 0x7f5432ed5300>." % (base, label, value))
+        got[base] = values if base in MULTI else value
+    return got, unknown, positional
+
+def behaviour():
+    if os.environ.get("RIG_BEHAVIOUR"):
+        return json.loads(os.environ["RIG_BEHAVIOUR"])
+    try:
+        with open(SPARK + "/vllm.json") as f:
+            known = json.load(f)
+    except (OSError, ValueError):
+        return {}
+    for name in NAMES + [MODEL, "*"]:
+        if name in known:
+            return known[name]
+    return {}
+
+def traceback(last, process=None, where=""):
+    text = ('Traceback (most recent call last):\n  File "/usr/local/lib/python3.12/dist-packages/vllm/v1/engine/core.py", line 1482, in run_engine_core\n'
+            "    engine_core = EngineCoreProc(*args, engine_index=dp_rank, **kwargs)\n"
+            "                  ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^\n" + last)
+    if process:
+        say(process, where, text, "ERROR")
+    else:
+        write(text + "\n")
+
+def frontend(last):
+    write('Traceback (most recent call last):\n  File "/usr/local/bin/vllm", line 8, in <module>\n    sys.exit(main())\n             ^^^^^^\n'
+          '  File "/usr/local/lib/python3.12/dist-packages/vllm/entrypoints/cli/main.py", line 120, in main\n    args.dispatch_function(args)\n'
+          '  File "/usr/local/lib/python3.12/dist-packages/vllm/entrypoints/cli/serve.py", line 156, in cmd\n    uvloop.run(run_server(args))\n' + last + "\n")
+
+def engine_fails(last):
+    say("EngineCore", "core.py:1584", "EngineCore failed to start.", "ERROR")
+    traceback(last, "EngineCore", "core.py:1584")
+    write("Process EngineCore:\n")
+    traceback(last)
+    say("APIServer", "utils.py:628", "[shutdown] Process manager: send sigterm to process EngineCore")
+    frontend("RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore_DP0': 1}")
+    os._exit(1)
+
+def port_in_use():
+    frontend('  File "/usr/local/lib/python3.12/dist-packages/vllm/entrypoints/launchers/launcher.py", line 348, in create_server_socket\n'
+             "    sock.bind(addr)\nOSError: [Errno 98] Address already in use")
+    os._exit(1)
+
+def fail(mode):
+    if mode == "oom":
+        say("EngineCore", "gpu_model_runner.py:5077", "Failed to load model - not enough GPU memory. Try lowering --gpu-memory-utilization to free memory "
+            "for weights, increasing --tensor-parallel-size, or using --quantization.", "ERROR")
+        engine_fails("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.12 GiB. GPU 0 has a total capacity of 121.69 GiB of which "
+                     "3.27 GiB is free. Of the allocated memory 112.40 GiB is allocated by PyTorch.")
+    if mode == "kv":
+        engine_fails("ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine (this "
+                     "flag also controls CPU memory reservation on the CPU backend, despite its name). See "
+                     "https://docs.vllm.ai/en/latest/configuration/conserving_memory/ for more details.")
+    if mode == "free_memory":
+        engine_fails("ValueError: Free memory on device cuda:0 (20.1/121.69 GiB) on startup is less than desired GPU memory utilization (0.9, 109.52 GiB). "
+                     "Decrease GPU memory utilization or reduce GPU memory used by other processes.")
+    if mode == "missing":
+        frontend("huggingface_hub.errors.LocalEntryNotFoundError: Cannot find an appropriate cached snapshot folder for the specified revision on the "
+                 "local disk and outgoing traffic has been disabled. To enable repo look-ups and downloads online, pass 'local_files_only=False' as input.")
+        os._exit(1)
+    if mode == "killed":
+        os.kill(ME, signal.SIGKILL)
+        time.sleep(5)
+    os._exit(1)         # die: without a word
+
+def note(record):
+    fd = os.open(SPARK + ("/foreign.log" if FOREIGN else "/requests.log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.write(fd, json.dumps(record).encode() + b"\n")
+    os.close(fd)
+
+LOCK = threading.Lock()
+ACTIVE = {}             # id -> record of what is being served
+COUNT = {"prompt": 0, "generation": 0, "stop": 0, "length": 0, "abort": 0, "error": 0, "requests": 0, "seconds": 0.0}
+DYING = []
+DEAD = []
+
+def leave(signum=None, frame=None):
+    say("EngineCore", "core.py:1454", "[shutdown] EngineCore: trigger received signal=SIGTERM")
+    say("APIServer", "launcher.py:254", "[shutdown] API server: shutdown triggered")
+    for record in list(ACTIVE.values()):
+        note(dict(record, completed=False, aborted=True))
+    write("INFO:     Shutting down\nINFO:     Waiting for application shutdown.\nINFO:     Application shutdown complete.\n")
+    os._exit(behaviour().get("exit", 0))
+
+def late_death():
+    # As seen: the engine is gone, /health says 503 for a moment, then a clean-looking end with exit code 0.
+    DEAD.append(1)
+    say("EngineCore", "core.py:1510", "EngineCore encountered a fatal error.", "ERROR")
+    say("APIServer", "async_llm.py:906", "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause.", "ERROR")
+    time.sleep(0.05)
+    leave()
+
+class Gone(Exception):
+    pass
+
+def client_left(sock):
+    try:
+        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+def pause(sock, seconds):
+    until = time.monotonic() + seconds
+    while True:
+        if client_left(sock):
+            raise Gone
+        left = until - time.monotonic()
+        if left <= 0:
+            return
+        time.sleep(min(left, 0.02))
+
+REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 405: "Method Not Allowed", 500: "Internal Server Error", 503: "Service Unavailable"}
+
+class Connection:
+    def __init__(self, sock, peer):
+        self.sock, self.peer, self.rest = sock, peer, b""
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def more(self):
+        data = self.sock.recv(65536)
+        if not data:
+            raise Gone
+        self.rest += data
+
+    def line(self):
+        while b"\r\n" not in self.rest:
+            self.more()
+        line, _, self.rest = self.rest.partition(b"\r\n")
+        return line
+
+    def take(self, n):
+        while len(self.rest) < n:
+            self.more()
+        data, self.rest = self.rest[:n], self.rest[n:]
+        return data
+
+    def serve(self):
+        try:
+            while self.one():
+                pass
+        except (Gone, OSError):
+            pass
+        finally:
+            self.sock.close()
+
+    def head(self, code, kind, extra):
+        lines = ["HTTP/1.1 %d %s" % (code, REASONS.get(code, "?")), "date: " + time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()), "server: uvicorn"]
+        if kind:
+            lines.append("content-type: " + kind)
+        lines += extra
+        if not self.keep:
+            lines.append("connection: close")
+        write('INFO:     %s:%d - "%s %s HTTP/1.1" %d %s\n' % (self.peer[0], self.peer[1], self.method, self.target, code, REASONS.get(code, "?")))
+        return "\r\n".join(lines).encode() + b"\r\n\r\n"
+
+    def send(self, code, body=b"", kind="application/json"):
+        if not isinstance(body, (bytes, str)):
+            body = json.dumps(body, separators=(",", ":"))
+        if isinstance(body, str):
+            body = body.encode()
+        data = self.head(code, kind if body else None, ["content-length: %d" % len(body)])
+        self.sock.sendall(data if self.method == "HEAD" else data + body)
+
+    def error(self, code, message, kind, param=None):
+        self.send(code, {"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+    def one(self):
+        first = self.line().decode("latin-1")
+        if not first:
+            return True
+        try:
+            self.method, self.target, version = first.split(" ")
+        except ValueError:
+            return False
+        headers = {}
+        while True:
+            text = self.line().decode("latin-1")
+            if not text:
+                break
+            key, _, value = text.partition(":")
+            headers[key.strip().lower()] = value.strip()
+        self.keep = headers.get("connection", "").lower() != "close" and version != "HTTP/1.0"
+        if headers.get("expect", "").lower() == "100-continue":
+            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if headers.get("transfer-encoding", "").lower() == "chunked":
+            body = b""
+            while True:
+                size = int(self.line().split(b";")[0], 16)
+                body += self.take(size)
+                self.line()
+                if not size:
+                    break
+        else:
+            body = self.take(int(headers.get("content-length", 0) or 0))
+        path = self.target.partition("?")[0]
+        if path.startswith("/v1") and KEYS and headers.get("authorization", "") not in ["Bearer " + k for k in KEYS]:
+            self.send(401, {"error": "Unauthorized"})
+        else:
+            self.answer(path, body)
+        return self.keep
+
+    def answer(self, path, body):
+        known = {"/health": "GET", "/ping": "GET POST", "/version": "GET", "/v1/models": "GET", "/metrics": "GET", "/load": "GET",
+                 "/v1/chat/completions": "POST", "/v1/completions": "POST"}
+        if path not in known:
+            return self.send(404, {"detail": "Not Found"})
+        if self.method not in known[path].split() and self.method != "HEAD":
+            return self.send(405, {"detail": "Method Not Allowed"})
+        if path in ("/health", "/ping"):
+            return self.send(503 if DEAD else 200)
+        if path == "/version":
+            return self.send(200, {"version": VERSION})
+        if path == "/load":
+            return self.send(200, {"server_load": len(ACTIVE)})
+        if path == "/metrics":
+            return self.send(200, metrics(), "text/plain; version=1.0.0; charset=utf-8")
+        if path == "/v1/models":
+            permission = {"id": "modelperm-%x" % ME, "object": "model_permission", "created": STARTED, "allow_create_engine": False, "allow_sampling": True,
+                          "allow_logprobs": True, "allow_search_indices": False, "allow_view": True, "allow_fine_tuning": False, "organization": "*",
+                          "group": None, "is_blocking": False}
+            self.send(200, {"object": "list", "data": [{"id": n, "object": "model", "created": STARTED, "owned_by": "vllm", "root": MODEL, "parent": None,
+                                                        "max_model_len": LENGTH, "permission": [permission]} for n in NAMES]})
+            if behaviour().get("mode") == "late_death" and not DYING:
+                DYING.append(1)
+                timer = threading.Timer(float(behaviour().get("after", 0.3)), late_death)
+                timer.daemon = True
+                timer.start()
+            return
+        self.complete(path, body)
+
+    def complete(self, path, body):
+        try:
+            asked = json.loads(body)
+            if not isinstance(asked, dict):
+                raise ValueError
+        except ValueError:
+            note({"served": NAMES[0], "model": None, "path": path, "body": body.decode("utf-8", "replace"), "completed": False, "aborted": False, "status": 400})
+            return self.error(400, "[{'type': 'json_invalid', 'loc': ('body', 0), 'msg': 'JSON decode error'}]", "Bad Request")
+        how, begun = behaviour(), time.time()
+        wanted = asked.get("model")
+        record = {"served": NAMES[0], "model": wanted, "path": path, "body": asked, "time": begun, "pid": ME}
+
+        def refuse(code, message, kind, param=None):
+            note(dict(record, completed=False, aborted=False, status=code))
+            self.error(code, message, kind, param)
+
+        if wanted and wanted not in NAMES:
+            text = "The model `%s` does not exist. Valid aliases: %s." % (wanted, ", ".join(NAMES))
+            say("APIServer", "serving.py:274", "Error with model error=ErrorInfo(message='%s', type='NotFoundError', param='model', code=404)" % text, "ERROR")
+            return refuse(404, text, "NotFoundError", "model")
+        stop_at = begun + float(how.get("warm_delay", 0))
+        while time.time() < stop_at and behaviour().get("warm_delay"):     # read again, so that a test can end the delay
+            pause(self.sock, 0.05)
+        if how.get("mode") == "warm_fails" or DEAD:
+            return refuse(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.", "InternalServerError")
+        limit = asked.get("max_tokens") or asked.get("max_completion_tokens")
+        if isinstance(limit, int) and limit > LENGTH:
+            return refuse(400, "max_tokens=%d cannot be greater than max_model_len=%d. Please request fewer output tokens. (parameter=max_tokens, value=%d)"
+                          % (limit, LENGTH, limit), "BadRequestError", "max_tokens")
+        chat = path.endswith("/chat/completions")
+        text = asked.get("prompt") or ""
+        if chat:
+            for message in asked.get("messages") or []:
+                if message.get("role") == "user":
+                    text = message.get("content") or ""
+        if isinstance(text, list):
+            text = "".join(p.get("text", "") if isinstance(p, dict) else str(p) for p in text)
+        text = "echo: " + text
+        tokens, reason = int(how.get("tokens", 5)), "stop"
+        if isinstance(limit, int) and limit < tokens:
+            tokens, reason = max(limit, 1), "length"
+        delay = float(how.get("token_delay", 0.01))
+        prompt = max(1, len(text.split()) - 1)
+        usage = {"prompt_tokens": prompt, "total_tokens": prompt + tokens, "completion_tokens": tokens}
+        mark = object()
+        with LOCK:
+            ACTIVE[id(mark)] = record
+            COUNT["prompt"] += prompt
+            COUNT["requests"] += 1
+        done = False
+        try:
+            name, kind = "%s-%x" % ("chatcmpl" if chat else "cmpl", time.time_ns()), "chat.completion" if chat else "text_completion"
+            common = {"id": name, "object": kind, "created": int(begun), "model": NAMES[0]}
+            if asked.get("stream"):
+                self.stream(asked, chat, common, text, tokens, delay, usage, reason)
+            else:
+                for _ in range(tokens):
+                    pause(self.sock, delay)
+                    with LOCK:
+                        COUNT["generation"] += 1
+                if chat:
+                    choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None, "tool_calls": [], "reasoning": None}}
+                else:
+                    choice = {"index": 0, "text": text}
+                choice.update({"logprobs": None, "finish_reason": reason, "stop_reason": None})
+                self.send(200, dict(common, choices=[choice], usage=usage, system_fingerprint="vllm-%s-rig" % VERSION))
+            done = True
+        finally:
+            with LOCK:
+                if ACTIVE.pop(id(mark), None) is not None:
+                    COUNT[reason if done else "abort"] += 1
+                    COUNT["seconds"] += time.time() - begun
+                    note(dict(record, completed=done, aborted=not done, status=200, seconds=time.time() - begun))
+
+    def chunk(self, data):
+        self.sock.sendall(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def stream(self, asked, chat, common, text, tokens, delay, usage, reason):
+        self.sock.sendall(self.head(200, "text/event-stream; charset=utf-8", ["transfer-encoding: chunked"]))
+        if chat:
+            common["object"] = "chat.completion.chunk"
+
+        def event(choices, **more):
+            self.chunk(b"data: " + json.dumps(dict(common, choices=choices, **more), separators=(",", ":")).encode() + b"\n\n")
+
+        if chat:
+            event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}])
+        for i in range(tokens):
+            pause(self.sock, delay)
+            piece = text[len(text) * i // tokens:len(text) * (i + 1) // tokens]
+            with LOCK:
+                COUNT["generation"] += 1
+            event([dict({"index": 0, "logprobs": None, "finish_reason": reason if i == tokens - 1 else None},
+                        **({"delta": {"content": piece}} if chat else {"text": piece}))])
+        if (asked.get("stream_options") or {}).get("include_usage"):
+            event([], usage=usage)
+        self.chunk(b"data: [DONE]\n\n")
+        self.sock.sendall(b"0\r\n\r\n")
+
+def metrics():
+    label, out, how = 'engine="0",model_name="%s"' % NAMES[0], [], behaviour()
+
+    def metric(name, kind, help, rows):
+        out.append("# HELP vllm:%s %s\n# TYPE vllm:%s %s" % (name, help, name, kind))
+        out.extend("vllm:%s{%s} %s" % (n, l, float(v)) for n, l, v in rows)
+
+    with LOCK:
+        running, c = len(ACTIVE), dict(COUNT)
+    metric("num_requests_running", "gauge", "Number of requests in model execution batches.", [("num_requests_running", label, how.get("running", running))])
+    metric("num_requests_waiting", "gauge", "Number of requests waiting to be processed.", [("num_requests_waiting", label, how.get("waiting", 0))])
+    metric("kv_cache_usage_perc", "gauge", "KV-cache usage. 1 means 100 percent usage.", [("kv_cache_usage_perc", label, how.get("kv_usage", 0.01 * running))])
+    metric("prompt_tokens", "counter", "Number of prefill tokens processed.", [("prompt_tokens_total", label, c["prompt"])])
+    metric("generation_tokens", "counter", "Number of generation tokens processed.", [("generation_tokens_total", label, c["generation"])])
+    metric("request_success", "counter", "Count of successfully processed requests.",
+           [("request_success_total", 'engine="0",finished_reason="%s",model_name="%s"' % (r, NAMES[0]), c[r]) for r in ("stop", "length", "abort", "error")])
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "inter_token_latency_seconds"):
+        n = c["stop"] + c["length"]
+        metric(name, "histogram", "Histogram of %s." % name, [(name + "_bucket", 'engine="0",le="%s",model_name="%s"' % (le, NAMES[0]), n) for le in ("60.0", "+Inf")]
+               + [(name + "_count", label, n), (name + "_sum", label, c["seconds"])])
+    return "\n".join(out) + "\n"
+
+argv = sys.argv[1:]
+if argv[:1] in (["--version"], ["-v"]):
+    print(VERSION)
+    sys.exit(0)
+if argv[:1] == ["serve"]:
+    argv = argv[1:]
+if any(a.split("=")[0] in ("--help", "-h") for a in argv):
+    print("usage: vllm serve [model_tag] [options]\n\noptions:\n" + "\n".join("  " + n for n in sorted(VALUED | BOOLS)))
+    sys.exit(0)
+ARGS, UNKNOWN, POSITIONAL = parse(argv)
+MODEL = POSITIONAL[0] if POSITIONAL else ARGS.get("--model", "Qwen/Qwen3-0.6B")
+NAMES = ARGS.get("--served-model-name") or [MODEL]
+LENGTH = ARGS.get("--max-model-len", 4096)
+PORT = ARGS.get("--port", 8000)
+KEYS = ARGS.get("--api-key") or ([os.environ["VLLM_API_KEY"]] if os.environ.get("VLLM_API_KEY") else [])
+HOST = os.environ.get("SPARK_ADDRESS", "127.0.0.1")
+HOW = behaviour()
+MODE = HOW.get("mode", "ok")
+LOAD = float(HOW.get("load", 0.2))
+SHARDS = int(HOW.get("shards", 4))
+STARTED = int(time.time())
+
+if MODE == "hang_term":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+    signal.signal(signal.SIGTERM, leave)
+signal.signal(signal.SIGINT, leave)
+
+if UNKNOWN:
+    time.sleep(LOAD / 2)
+    write("usage: vllm [-h] [-v]\n            {chat,complete,serve,launch,bench,collect-env,download-kernels,preload,run-batch,snapshot}\n            ...\n"
+          "vllm: error: unrecognized arguments: %s\n" % " ".join(UNKNOWN))
+    os._exit(2)
+
+headless = ARGS.get("--headless", False)
+if os.environ.get("VLLM_DISABLE_LOG_LOGO") == "1":
+    say("APIServer", "startup.py:16", "vLLM server version %s, serving model %s" % (VERSION, MODEL))
+else:
+    say("APIServer", "api_utils.py:347", "\n       \u2588     \u2588     \u2588\u2584   \u2584\u2588\n \u2584\u2584 \u2584\u2588 \u2588     \u2588     \u2588 \u2580\u2584\u2580 \u2588  version %s\n"
+        "  \u2588\u2584\u2588\u2580 \u2588     \u2588     \u2588     \u2588  model   %s\n   \u2580\u2580  \u2580\u2580\u2580\u2580\u2580 \u2580\u2580\u2580\u2580\u2580 \u2580     \u2580\n" % (VERSION, MODEL))
+shown = {"model_tag": MODEL, "model": MODEL}
+shown.update({k.strip("-").replace("-", "_"): ("***" if k == "--api-key" else v) for k, v in ARGS.items()})
+say("APIServer", "api_utils.py:286", "non-default args: %r" % shown)
+
+server = None
+if not headless:
+    server = socket.socket()
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        server.bind((HOST, PORT))       # bound now, listening when ready: connections are refused meanwhile
+    except OSError:
+        port_in_use()
+
+FAILS = {"missing": 0.05, "free_memory": 0.15, "oom": 0.6, "die": 0.5, "killed": 0.5, "kv": 1.0}
+fatal = LOAD * float(HOW.get("at", FAILS[MODE])) if MODE in FAILS else None
+begin = time.monotonic()
+
+def until(t):
+    # Sleeps to t seconds after the start, or to the hour of death if that is before.
+    end = t if fatal is None or MODE == "kv" else min(t, fatal)
+    left = begin + end - time.monotonic()
+    if left > 0:
+        time.sleep(left)
+    if fatal is not None and MODE != "kv" and t >= fatal:
+        fail(MODE)
+
+until(LOAD * 0.1)
+engine = "Worker_TP%d" % ARGS.get("--node-rank", 0) if "--nnodes" in ARGS else "EngineCore"
+say("APIServer", "model.py:733", "Resolved architecture: Qwen2ForCausalLM")
+say("APIServer", "model.py:2152", "Using max model len %d" % LENGTH)
+until(LOAD * 0.2)
+say("EngineCore", "core.py:140", "Initializing a V1 LLM engine (v%s) with config: model=%r, speculative_config=None, tokenizer=%r" % (VERSION, MODEL, MODEL))
+say(engine, "gpu_model_runner.py:4990", "Starting to load model %s..." % MODEL)
+say(engine, "cuda.py:509", "Using FLASHINFER attention backend out of potential backends: ['FLASHINFER', 'TRITON_ATTN']")
+say(engine, "weight_utils.py:1145", "Filesystem type for checkpoints: EXT4. Checkpoint size: 61.02 GiB. Available RAM: 112.40 GiB.")
+
+def bar(i, spent):
+    rate = "?, ?it/s" if not i else "%02d:%02d, %5.2fs/it" % (spent * (SHARDS - i) // i // 60, spent * (SHARDS - i) // i % 60, spent / i)
+    write("\rLoading safetensors checkpoint shards: %3d%% Completed | %d/%d [%02d:%02d<%s]\n" % (100 * i // SHARDS, i, SHARDS, spent // 60, spent % 60, rate))
+
+bar(0, 0)
+while MODE == "never_ready":
+    for i in range(1, SHARDS):
+        time.sleep(max(LOAD / SHARDS, 0.05))
+        bar(i, time.monotonic() - begin)
+for i in range(1, SHARDS + 1):
+    until(LOAD * (0.2 + 0.6 * i / SHARDS))
+    bar(i, time.monotonic() - begin)
+write("\n")
+spent = time.monotonic() - begin
+say(engine, "default_loader.py:507", "Loading weights took %.2f seconds" % spent)
+say(engine, "gpu_model_runner.py:5089", "Model loading took 61.2 GiB memory and %.6f seconds" % spent)
+if headless:
+    until(LOAD)
+    if MODE in FAILS:
+        fail(MODE)
+    while True:
+        time.sleep(60)
+if not ARGS.get("--enforce-eager"):
+    say(engine, "backends.py:1010", "Dynamo bytecode transform time: 4.12 s")
+    say(engine, "monitor.py:53", "torch.compile took 11.80 s in total")
+until(LOAD * 0.9)
+if MODE == "kv":
+    say(engine, "gpu_worker.py:773", "Available KV cache memory: -1.70 GiB")
+    fail(MODE)
+say(engine, "gpu_worker.py:773", "Available KV cache memory: 38.91 GiB")
+say("EngineCore", "kv_cache_utils.py:1149", "GPU KV cache size: 1,711,646 tokens, Maximum concurrency for %s tokens per request: %.2fx" % (format(LENGTH, ","), 1711646 / max(LENGTH, 1)))
+if not ARGS.get("--enforce-eager"):
+    write("\rCapturing CUDA graphs (mixed prefill-decode, PIECEWISE): 100%|\u2588\u2588\u2588\u2588\u2588| 7/7 [00:01<00:00,  5.01it/s]\n")
+    write("\rCapturing CUDA graphs (decode, FULL): 100%|\u2588\u2588\u2588\u2588\u2588| 4/4 [00:01<00:00,  4.02it/s]\n")
+    say(engine, "gpu_model_runner.py:6517", "Graph capturing finished in 3 secs, took 0.61 GiB")
+say("EngineCore", "core.py:396", "init engine (profile, create kv cache, warmup model) took 21.08 s (compilation: 11.80 s)")
+until(LOAD)
+if MODE in FAILS:
+    fail(MODE)
+say("APIServer", "entry.py:129", "Supported tasks: ['generate']")
+say("APIServer", "entry.py:135", "Starting vLLM server on http://%s:%d" % (ARGS.get("--host", "0.0.0.0"), PORT))
+say("APIServer", "launcher.py:188", "Available routes are:")
+for route, methods in (("/health", "GET"), ("/metrics", "GET"), ("/version", "GET"), ("/v1/models", "GET"), ("/v1/chat/completions", "POST"), ("/v1/completions", "POST")):
+    say("APIServer", "launcher.py:195", "Route: %s, Methods: %s" % (route, methods))
+if MODE != "silent":
+    try:
+        server.listen(128)
+    except OSError:
+        port_in_use()
+write("INFO:     Started server process [%d]\nINFO:     Waiting for application startup.\nINFO:     Application startup complete.\n" % ME)
+while MODE == "silent":
+    time.sleep(60)
+while True:
+    try:
+        sock, peer = server.accept()
+    except OSError:
+        continue
+    threading.Thread(target=Connection(sock, peer).serve, daemon=True).start()
+'''
+
+
+class Rig:
+    """Sparks below tmp_path. Every process of theirs carries RIG_ROOT, so close() finds them all."""
+
+    def __init__(self, tmp_path, sparks=None):
+        self.root = Path(tmp_path).resolve() / "rig"
+        self.sparks = dict(sparks or {"spark1": "127.0.0.1", "spark2": "127.0.0.2"})
+        self.bin = self.root / "bin"
+        self.bin.mkdir(parents=True)
+        self._children = []
+        self._write_json(self.root / "sparks.json", self.sparks)
+        self._program(self.bin / "ssh", SSH)
+        for name in self.sparks:
+            spark = self.spark(name)
+            (spark / "docker").mkdir(parents=True)
+            (spark / "home" / "spark-vllm-docker").mkdir(parents=True)
+            (spark / "bin").mkdir()
+            for program, text in (("ssh", SSH), ("docker", DOCKER), ("vllm", VLLM)):
+                self._program(spark / "bin" / program, text)
+            for alias in ("pgrep", "pkill", "killall"):     # the system's own would hit every test run on this machine
+                (spark / "bin" / alias).symlink_to("docker")
+            if not Path("/usr/bin/python3").exists():
+                (spark / "bin" / "python3").symlink_to(sys.executable)
+            self.install_launcher(name, LAUNCHER)
+            self.cluster(name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _program(self, path, text):
+        new = path.with_name(path.name + ".new")    # replaced at once: an old one may be running
+        new.write_text(text.replace("@PYTHON@", sys.executable).replace("@ROOT@", str(self.root)))
+        new.chmod(0o755)
+        new.rename(path)
+
+    @staticmethod
+    def _write_json(path, value):
+        new = path.with_name("." + path.name + ".new")
+        new.write_text(json.dumps(value))
+        new.rename(path)
+
+    def spark(self, name):
+        return self.root / "sparks" / name
+
+    def install_launcher(self, spark, text):
+        self._program(self.spark(spark) / "home" / "spark-vllm-docker" / "launch-cluster.sh", text)
+
+    def cluster(self, spark, *names, text=None):
+        """CLUSTER_NODES in the launcher's .env: this Spark first, then the others. text replaces the whole file, "" removes it."""
+        path = self.spark(spark) / "home" / "spark-vllm-docker" / ".env"
+        if text is None:
+            others = names or [n for n in self.sparks if n != spark]
+            text = "CLUSTER_NODES=" + ",".join(self.sparks[n] for n in [spark, *[o for o in others if o != spark]]) + "\n"
+        if text:
+            path.write_text(text)
+        else:
+            path.unlink(missing_ok=True)
+
+    # --- faults and behaviour
+
+    def control(self, spark, name, value=""):
+        new = self.spark(spark) / f".{name}.new"
+        new.write_text(str(value))
+        new.rename(self.spark(spark) / name)
+
+    def clear(self, spark, *names):
+        for name in names:
+            (self.spark(spark) / name).unlink(missing_ok=True)
+
+    def behave(self, spark, model, **behaviour):
+        """Merges into what is set for this name; without any behaviour forgets it. "*" is the default for all models."""
+        path = self.spark(spark) / "vllm.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if behaviour:
+            known[model] = {**known.get(model, {}), **behaviour}
+        else:
+            known.pop(model, None)
+        self._write_json(path, known)
+
+    # --- what happened
+
+    @staticmethod
+    def _lines(path):
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        except FileNotFoundError:
+            return []
+
+    def calls(self, spark=None):
+        found = self._lines(self.root / "ssh.log")
+        return [c for c in found if spark is None or c["spark"] == spark]
+
+    def requests(self, spark):
+        return self._lines(self.spark(spark) / "requests.log")
+
+    def _processes(self, *marks):
+        """Pids whose environment holds all the marks (a zombie's is empty, so those do not count)."""
+        wanted = [b"\0" + m.encode() + b"\0" for m in marks]
+        found = []
+        for name in os.listdir("/proc"):
+            if name.isdigit() and int(name) != os.getpid():
+                try:
+                    data = b"\0" + Path("/proc", name, "environ").read_bytes()
+                except OSError:
+                    continue
+                if all(w in data for w in wanted):
+                    found.append(int(name))
+        return sorted(found)
+
+    def engines(self, spark, container=None, foreign=False):
+        """Live fake vLLMs as (pid, argv); strangers only with foreign=True."""
+        marks = [f"RIG_ROOT={self.root}", f"RIG_SPARK={spark}"]
+        if container:
+            meta = self.container(spark, container)
+            if not meta:
+                return []
+            marks.append("RIG_CONTAINER=" + meta["id"])
+        program, found = str(self.spark(spark) / "bin" / "vllm"), []
+        strangers = set(self._processes(*marks, "RIG_FOREIGN=1"))
+        for pid in self._processes(*marks):
+            try:
+                argv = Path("/proc", str(pid), "cmdline").read_bytes().decode().rstrip("\0").split("\0")
+            except OSError:
+                continue
+            if program in argv[:4] and (pid in strangers) == foreign:
+                found.append((pid, ["vllm", *argv[argv.index(program) + 1:]]))
+        return found
+
+    def containers(self, spark):
+        """Names of running containers."""
+        found = []
+        for path in sorted((self.spark(spark) / "docker").iterdir()):
+            if not path.name.startswith(".") and (path / "meta.json").exists() and not (path / "exited").exists():
+                found.append(path.name)
+        return found
+
+    def container(self, spark, name):
+        try:
+            return json.loads((self.spark(spark) / "docker" / name / "meta.json").read_text())
+        except FileNotFoundError:
+            return None
+
+    def logs(self, spark, name):
+        """The container's log with time stamps, or "" when it is gone."""
+        try:
+            return (self.spark(spark) / "docker" / name / "log").read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    # --- things that happen to a Spark
+
+    def env(self, spark):
+        home = self.spark(spark)
+        return {"HOME": str(home / "home"), "USER": "root", "LANG": "C.UTF-8", "PATH": f"{home}/bin:/usr/bin:/bin",
+                "RIG_ROOT": str(self.root), "RIG_SPARK": spark, "SPARK_ADDRESS": self.sparks[spark]}
+
+    def sh(self, spark, command, timeout=20, **more_env):
+        """A command on the Spark itself, without ssh."""
+        return subprocess.run(["/bin/sh", "-c", command], env={**self.env(spark), **more_env}, cwd=self.spark(spark) / "home",
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+
+    def kill_engine(self, spark, container="vllm_node", sig=signal.SIGKILL):
+        pids = [pid for pid, _ in self.engines(spark, container)]
+        for pid in pids:
+            try:
+                os.kill(pid, sig)
+            except ProcessLookupError:
+                pass
+        return pids
+
+    def remove_container(self, spark, name):
+        """Gone at once, whatever faults are set."""
+        self.sh(spark, 'docker rm -f "$NAME"', NAME=name, RIG_FORCE="1")
+
+    def free_port(self, spark):
+        with socket.socket() as s:
+            s.bind((self.sparks[spark], 0))
+            return s.getsockname()[1]
+
+    def start_foreign(self, spark, port, model_id, **behaviour):
+        """A stranger's server on the Spark, listening when this returns. Returns the Popen."""
+        env = {**self.env(spark), "RIG_FOREIGN": "1", "RIG_BEHAVIOUR": json.dumps({"load": 0, **behaviour})}
+        child = subprocess.Popen([str(self.spark(spark) / "bin" / "vllm"), "serve", model_id, "--port", str(port)], env=env,
+                                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        self._children.append(child)
+        until = time.monotonic() + 5
+        while time.monotonic() < until and child.poll() is None:
+            with socket.socket() as s:
+                if s.connect_ex((self.sparks[spark], port)) == 0:
+                    return child
+            time.sleep(0.01)
+        raise RuntimeError(f"the stranger on {spark}:{port} does not listen")
+
+    # --- weights
+
+    @staticmethod
+    def _files(shards, size):
+        names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+        files = {"config.json": json.dumps({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "max_position_embeddings": 4096,
+                                            "torch_dtype": "bfloat16"}).encode(),
+                 "model.safetensors.index.json": json.dumps({"metadata": {"total_size": size * shards}, "weight_map": {
+                     f"model.layers.{i}.weight": name for i, name in enumerate(names)}}).encode()}
+        for i, name in enumerate(names):
+            head = json.dumps({f"model.layers.{i}.weight": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+            files[name] = len(head).to_bytes(8, "little") + head + bytes(size)
+        return files, names[-1]
+
+    def weights(self, spark, model, shards=2, complete=True, size=1000):
+        """A Hugging Face cache entry; incomplete: the last shard has no link and its blob is a leftover. Returns the snapshot."""
+        import hashlib
+        base = self.spark(spark) / "home/.cache/huggingface/hub" / ("models--" + model.replace("/", "--"))
+        revision = hashlib.sha1(model.encode()).hexdigest()
+        snapshot = base / "snapshots" / revision
+        for folder in (base / "blobs", base / "refs", snapshot):
+            folder.mkdir(parents=True, exist_ok=True)
+        (base / "refs" / "main").write_text(revision)
+        files, last = self._files(shards, size)
+        for name, data in files.items():
+            digest = (hashlib.sha256 if name.endswith(".safetensors") else hashlib.sha1)(name.encode() + data).hexdigest()
+            if name == last and not complete:
+                (base / "blobs" / f"{digest}.0a1b2c3d.incomplete").write_bytes(data[: len(data) // 2])
+                continue
+            (base / "blobs" / digest).write_bytes(data)
+            link = snapshot / name
+            link.unlink(missing_ok=True)
+            link.symlink_to(f"../../blobs/{digest}")
+        return snapshot
+
+    def local_model(self, spark, path, shards=2, complete=True, size=1000):
+        """A model in a plain folder below the Spark's directory. Returns its path."""
+        folder = self.spark(spark) / str(path).lstrip("/")
+        folder.mkdir(parents=True, exist_ok=True)
+        files, last = self._files(shards, size)
+        for name, data in files.items():
+            if complete or name != last:
+                (folder / name).write_bytes(data)
+        return folder
+
+    # --- the end
+
+    def _mine(self):
+        """Ours by environment; ssh clients that a test started are known by their program."""
+        found = set(self._processes(f"RIG_ROOT={self.root}"))
+        program = os.fsencode(self.bin / "ssh")
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                try:
+                    if program in Path("/proc", name, "cmdline").read_bytes().split(b"\0")[:4]:
+                        found.add(int(name))
+                except OSError:
+                    pass
+        return found - {os.getpid(), os.getppid()}
+
+    def close(self):
+        until, quiet = time.monotonic() + 10, 0
+        while quiet < 2 and time.monotonic() < until:     # twice nobody: one may have been forking while we looked
+            mine = self._mine()
+            quiet = 0 if mine else quiet + 1
+            for pid in mine:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except OSError:
+                    pass
+            for child in self._children:
+                child.poll()
+            time.sleep(0.01)
+        if quiet < 2:
+            raise RuntimeError(f"still alive: {sorted(self._mine())}")
