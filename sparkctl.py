@@ -179,7 +179,7 @@ SETTINGS = (
     Setting("SWAP_ANSWER_TIMEOUT", "60", number(1, 3600), "longest time from the engine's word that it is up to its first answer, seconds"),
     Setting("SWAP_ROLLBACK", "on", flag, "launch the previous model again when a swap fails after the stop"),
     Setting("HOLD_SECONDS", "60", SECONDS, "longest time a /v1 request is held while its slot swaps"),
-    Setting("MAX_BODY_MB", "32", number(1, 1024), "largest body of an API or /v1 request, MiB"),
+    Setting("MAX_BODY_MB", "32", number(1, 1024, whole=True), "largest body of an API or /v1 request, MiB"),
     Setting("POLL_SECONDS", "5", number(1, 3600), "time between two looks at a Spark or a slot"),
 )
 SETTING = {s.name: s for s in SETTINGS}
@@ -459,9 +459,20 @@ class Hosts:
 
     def __init__(self, sparks):
         self.sparks = {s.name: s for s in sparks}                   # fixed
-        self.control_dir = tempfile.mkdtemp(prefix="sparkctl-")     # 0700; short, a socket path has 108 bytes
+        self.control_dir = self._private_dir()                      # fixed
         self._lock = threading.Lock()
         self._addresses = {}                                        # guarded by _lock
+
+    @staticmethod
+    def _private_dir():
+        """A new 0700 directory with a short name (a socket path has 108 bytes); those of dead predecessors go."""
+        for name in os.listdir(tempfile.gettempdir()):
+            if m := re.fullmatch(r"sparkctl-(\d+)-\w+", name):
+                path = os.path.join(tempfile.gettempdir(), name)
+                with contextlib.suppress(OSError):
+                    if os.lstat(path).st_uid == os.getuid() and not os.path.exists(f"/proc/{m[1]}") and os.path.exists("/proc/1"):
+                        shutil.rmtree(path)
+        return tempfile.mkdtemp(prefix=f"sparkctl-{os.getpid()}-")
 
     def argv(self, spark, script):
         return ["sh", "-c", script] if spark.local else ssh_argv(spark, self.control_dir, script)
@@ -475,7 +486,8 @@ class Hosts:
         spark = self.sparks[name]
         result = self._run_once(spark, script, timeout_s, stdin, cancel)
         stale = re.search(r"mux_client_\w+: |Control socket connect|ControlSocket .* already exists", result.err)
-        if not spark.local and (stale or result.kind == "time_out"):
+        frozen = result.kind == "time_out" and not spark.local and self._run_once(spark, "true", 5, b"", cancel).kind != "ok"
+        if not spark.local and (stale or frozen):
             self.reset(spark)
             if stale and result.kind == "unreachable":
                 result = self._run_once(spark, script, timeout_s, stdin, cancel)
@@ -575,6 +587,7 @@ def remedy_for(result, spark):
 # === 4 catalog ================================================================
 # Two YAML files become frozen records. One bad entry is reported and skipped; the others still load.
 
+SECRETISH = re.compile(r"TOKEN|KEY|SECRET|PASSW", re.I)     # names of a model's environment whose values are not shown
 KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 KNOB = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,127}")
 OURS = frozenset(("port", "served-model-name", "model", "nnodes", "node-rank", "master-addr", "master-port", "headless"))
@@ -605,7 +618,7 @@ class ModelDef:
 
     def public(self):
         got = {"key": self.key, "name": self.name, "mode": self.mode, "aliases": list(self.aliases), "knobs": dict(self.knobs),
-               "args": list(self.args), "env": dict(self.env), "image": self.image or None, "size_gb": self.size_gb or None,
+               "args": list(self.args), "env": {k: "***" if SECRETISH.search(k) else v for k, v in self.env}, "image": self.image or None, "size_gb": self.size_gb or None,
                "description": self.description, "added": self.added, "served_names": list(self.served_names)}
         got["local_path" if self.local_path else "repo"] = self.source
         return got
@@ -1150,6 +1163,7 @@ class Plan:
     container: str
     backend: str
     launch: str                 # shell text, run on the head
+    shown: str                  # the same with secrets masked, for people
     logs: str                   # shell text with {since} as its only word, or blank
     alive: str                  # shell text, or blank
     pooling: bool = False       # answers embeddings, not completions
@@ -1170,8 +1184,12 @@ def make_plan(model, slot, config, flags=frozenset(("--name",)), need_gb=0):
     parts = re.split(r"\{since\}", template.logs)
     logs = "\0".join(fill(part, words) for part in parts)
     knobs = {k.replace("_", "-"): v for k, v in model.knobs}
+    launch = shown = fill(template.launch, words)
+    for name, value in model.env:
+        if SECRETISH.search(name):
+            shown = shown.replace(quote_arg(f"{name}={value}"), f"{name}=***")
     return Plan(slot.name, model.key, model.served_names, slot.hosts if model.mode == "cluster" else slot.hosts[:1],
-                slot.port, slot.container, slot.backend, fill(template.launch, words), logs, fill(template.alive, words),
+                slot.port, slot.container, slot.backend, launch, shown, logs, fill(template.alive, words),
                 knobs.get("runner") == "pooling" or "convert" in knobs, need_gb)
 
 
@@ -1962,6 +1980,7 @@ class SwapRun:
         self.follower = None
         self.was_empty = False              # nothing was there to stop, so no memory has to come back
         self.last_line = time.monotonic()
+        self.heard = Signal("none")         # the log's last word on progress
 
     def close(self):
         if self.follower:
@@ -2057,7 +2076,7 @@ class SwapRun:
         head = self.slot.hosts[0]
         yield head, self.stop_command(self.m.plan_of(self.slot.name))
         if plan:
-            yield head, plan.launch
+            yield head, plan.shown
             if plan.logs:
                 yield head, with_since(plan.logs, "now")
 
@@ -2249,8 +2268,6 @@ class SwapRun:
             self.heard = heard
             return "up" if heard.fraction == 0.99 else None
         return None
-
-    heard = Signal("none")
 
     def _tell_progress(self, s, now):
         """Publish progress when it changed, and the time left once a second."""
@@ -3546,7 +3563,7 @@ class Handler(BaseHTTPRequestHandler):
             guard(request, settings, False) if e.status in (404, 405) else None     # a stranger learns no paths
             self.close_connection |= bool(length)
             raise
-        request.body = self.read_body(request, length, settings["MAX_BODY_MB"] << 20 if isinstance(settings["MAX_BODY_MB"], int) else int(settings["MAX_BODY_MB"] * (1 << 20)))
+        request.body = self.read_body(request, length, settings["MAX_BODY_MB"] << 20)
         if proxied:
             return self.proxy(app, request)
         pairs = urllib.parse.parse_qsl(request.raw_query, keep_blank_values=True, max_num_fields=50)
@@ -3881,16 +3898,18 @@ def serve(store, data_dir, allow_root, demo):
         print(f"sparkctl: {where}{getattr(e, 'strerror', None) or e}", file=sys.stderr)
         return 2
     app.warnings[:0] = warnings
-    stop = threading.Event()
+    told, tell = socket.socketpair()            # the kernel may give a signal to any thread, and only a byte wakes this one
+    tell.setblocking(False)
+    signal.set_wakeup_fd(tell.fileno())
     for number_ in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number_, lambda *_: stop.set())
+        signal.signal(number_, lambda *_: None)
     app.start()
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     for warning in (*settings.warnings, *map(str, store.current.problems), *app.warnings):
         log(f"warning: {warning}")
     host = f"[{server.server_address[0]}]" if ":" in server.server_address[0] else server.server_address[0]
     print(f"sparkctl {VERSION} on http://{host}:{server.server_address[1]}/", flush=True)
-    stop.wait()
+    told.recv(1)
     server.shutdown()                           # no new connections; engines are left running
     app.close()
     server.finish(5)
@@ -3940,4 +3959,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    for stream_ in (sys.stdout, sys.stderr):
+        stream_.flush()
+    os._exit(status)    # at once: a daemon thread in the middle of a log line could hang or abort a normal exit

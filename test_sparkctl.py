@@ -1204,6 +1204,14 @@ def test_a_local_path_that_the_launcher_would_split_is_refused_in_words():
         sc.build_launch_command(model, sc.Slot("main", ("spark1",), 1, "vllm_node", "launch-cluster"))
 
 
+def test_a_secret_in_a_models_environment_is_not_shown():
+    model = sc.ModelDef("k", "k", repo="o/n", served_names=("k",), env=(("HF_TOKEN", "hf_s3cret it's"), ("PLAIN", "x")))
+    config = sc.Config(sc.parse_settings({}), {}, {}, sc.Layout({}, {}, {}), ())
+    plan = sc.make_plan(model, sc.Slot("main", ("spark1",), 1, "vllm_node", "launch-cluster"), config)
+    assert "s3cret" in plan.launch and "s3cret" not in plan.shown and "PLAIN=x" in plan.shown
+    assert model.public()["env"] == {"HF_TOKEN": "***", "PLAIN": "x"}
+
+
 def test_a_gate_lets_one_launch_through_however_often_it_is_tried(stubs):
     script = sc.gate_script("swap-1", "echo launched >>hits; echo said; exit 7")
     run = lambda: subprocess.run(["sh", "-c", f"cd {stubs}; {script}"], env={"PATH": "/usr/bin:/bin", "HOME": str(stubs)}, capture_output=True, text=True, timeout=10)
@@ -1314,7 +1322,7 @@ failed -> (end)
 cancelled -> (end)
 planned -> (end)
 """
-PLAN = sc.Plan("main", "m", ("m",), ("spark1",), 1, "c", "b", "launch", "", "")
+PLAN = sc.Plan("main", "m", ("m",), ("spark1",), 1, "c", "b", "launch", "launch", "", "")
 
 
 def test_the_transition_table_is_the_agreed_one():
