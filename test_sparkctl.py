@@ -756,6 +756,69 @@ def test_the_readmes_example_files_load_without_a_problem():
     assert sc.parse_layout(services, TWO, settings)[1] == []
 
 
+def test_in_the_browser_a_swap_is_two_clicks_and_its_progress_log_and_outcome_are_shown(browser, start):
+    p = start(args=("--demo",))
+    page = open_page(browser, p)
+    page.get_by_text("Live", exact=True).wait_for(timeout=10_000)
+    first_requests = page.evaluate("performance.getEntriesByType('resource').map(r => new URL(r.name).pathname)")
+    assert set(first_requests) == {"/api/state"}
+    page.get_by_role("button", name=re.compile("Swap.*Tiny Chat")).click()
+    confirm = page.get_by_role("button", name=re.compile("^(Swap now|Confirm|Swap to|Yes)"))
+    with contextlib.suppress(Exception):
+        confirm.first.click(timeout=1500)
+    page.get_by_text(re.compile("Loading weights, \\d+ of 12 files")).first.wait_for(timeout=15_000)
+    page.locator(".log li").get_by_text("checkpoint shards").first.wait_for(timeout=5_000)
+    assert re.search("Loading|%", page.title())
+    page.locator(".slot").get_by_text("Serving", exact=True).wait_for(timeout=15_000)
+    assert "Tiny Chat 7B" in page.locator(".slot h3, .slot h2, .slot .model-name").all_inner_texts() or "Tiny Chat 7B" in page.locator(".slot").inner_text()
+    failed = p.swap("too-greedy").json
+    page.get_by_text(failed["error"]["message"]).first.wait_for(timeout=10_000)
+    page.get_by_text(re.compile("restored|back", re.I)).first.wait_for(timeout=15_000)
+    assert page.errors == []
+
+
+def test_in_the_browser_a_restart_of_the_server_needs_no_reload(browser, start, tmp_path):
+    (tmp_path / "m.yaml").write_text("models: {one: {repo: a/one}}")
+    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
+    p = start({"SPARK1_HOST": "local"}, args=("--models", str(tmp_path / "m.yaml"), "--services", str(tmp_path / "m.yaml"), "--port", str(port)))
+    page = open_page(browser, p)
+    page.get_by_text("Live", exact=True).wait_for(timeout=10_000)
+    p.kill()
+    page.get_by_text(re.compile("Reconnecting|Offline|lost", re.I)).first.wait_for(timeout=10_000)
+    (tmp_path / "m.yaml").write_text("models: {one: {repo: a/one}, two: {repo: a/two, name: Second Model}}")
+    p.start()
+    page.get_by_text("Live", exact=True).wait_for(timeout=20_000)
+    page.get_by_text("Second Model").first.wait_for(timeout=5_000)
+
+
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script> \u202egpj.exe " + "long" * 40
+
+
+def test_in_the_browser_hostile_names_are_text_and_the_phone_does_not_scroll_sideways(browser, start, tmp_path):
+    (tmp_path / "m.yaml").write_text(json.dumps({"models": {"one": {"repo": "a/one", "name": HOSTILE, "description": HOSTILE}}}))
+    (tmp_path / "s.yaml").write_text("")
+    p = start({"SPARK1_HOST": "local", "POLL_SECONDS": HOSTILE}, args=("--models", str(tmp_path / "m.yaml"), "--services", str(tmp_path / "s.yaml")))
+    for options in ({"viewport": {"width": 360, "height": 740}}, {"viewport": {"width": 1440, "height": 900}, "color_scheme": "dark"}):
+        page = open_page(browser, p, **options)
+        page.on("dialog", lambda d: page.errors.append("a dialog opened: " + d.message))
+        page.get_by_text("<img src=x onerror=alert(1)>").first.wait_for(timeout=10_000)
+        assert page.evaluate("document.querySelectorAll('img, script[src]').length") == 0
+        assert "\u202e" not in page.locator("body").inner_text() and "[U+202E]" in page.locator("body").inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        assert page.errors == []
+
+
+def test_in_the_browser_the_api_key_is_asked_for_once(browser, start):
+    p = start({"SPARKCTL_API_KEY": "k3y"})
+    page = open_page(browser, p)
+    page.locator("#key").fill("k3y")
+    page.keyboard.press("Enter")
+    page.get_by_text("Live", exact=True).wait_for(timeout=10_000)
+    page.reload()
+    page.get_by_text("Live", exact=True).wait_for(timeout=10_000)
+    assert not page.locator("#key").is_visible()
+
+
 # === the file itself ==========================================================
 
 def forward_refs(source):
