@@ -2105,9 +2105,9 @@ class SwapRun:
         deadline = s.phase_began + self.config.settings["SWAP_STOP_TIMEOUT"]
         needed = s.plan.hosts if s.plan else self.slot.hosts
         self.stop_engine(s.previous, needed, deadline, self.cancel)
+        self.m._observe(s.slot, Probe("silent", detail="stopped"))
         deadline = time.time() + self.config.settings["SWAP_STOP_TIMEOUT"]
         if s.plan is None:
-            self.m._observe(s.slot, Probe("silent", detail="unloaded"))
             return self.m._conclude("ready", plans={s.slot: None})
         self.wait_for_memory(s, deadline)
         self.m._enter("launching", forget=(s.slot,))
@@ -3845,9 +3845,8 @@ def run_check(store):
     config = store.current
     print("Settings")
     for row in config.settings.public():
-        if row["source"] != "default" or row["name"] in ("SPARKCTL_BIND", "SPARKCTL_PORT"):
+        if row["source"] != "default" or not re.match(r"SPARK\d_", row["name"]):
             print(f"  {row['name']} = {row['value']}  ({row['source']})")
-    print("  the others have their defaults; README lists them")
     print("Sparks")
     for spark in config.sparks.values():
         print(f"  {spark.name}: {f'{spark.user}@' if spark.user else ''}{spark.host}")

@@ -1876,6 +1876,7 @@ def test_requests_for_the_outgoing_model_are_told_at_once(two):
     two.rig.behave("spark1", "beta", mode="never_ready")
     swap = two.post("/api/swap", {"model": "beta"}).json
     two.phase("loading")
+    assert two.get("/v1/models").json["data"] == [] and not any(m["serving_on"] for m in two.get("/api/models").json["models"])
     got = two.post("/v1/completions", {"model": "gpt-4o", "prompt": "x"})
     assert (got.status, got.code) == (503, "model_leaving") and int(got.headers["Retry-After"]) > 0
     two.call("DELETE", f"/api/swap/{swap['id']}")
