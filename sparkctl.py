@@ -26,12 +26,13 @@ Contents (each section uses only names from the sections above it; a test proves
   14  command line
 
 Threads: the main thread waits for a signal; `accept` takes connections, one thread each; `swap` performs the
-running swap, alone; `config` re-reads changed files; `spark-NAME` and `slot-NAME` poll, one each, so that a dead
-Spark delays only itself; `follow` reads an engine's log during a swap; `pump` copies a long upload.
+running swap, alone, with a short-lived pool for Sparks asked at once; `config` re-reads the YAML files; `spark-NAME`
+and `slot-NAME` poll, one each, so that a dead Spark delays only itself; `follow` reads an engine's log during a swap.
 Locks: Hub.changed guards the version that long-polls wait on; SwapManager._lock the running swap and what each
-slot was given; Gate._cond the holding and counting of requests; Events._lock the event list; SwapLog._lock a
-swap's log lines; Monitor._lock what the polls last saw; Hosts._lock the resolved addresses.
-No lock is held across ssh, HTTP or sleep. Order where two nest: SwapManager._lock, then any of the others.
+slot was given, and _save_lock its journal; Gate._cond the holding and counting of requests; Events._lock and
+SwapLog._lock a list and the file it is appended to; Monitor._lock what the polls last saw; Hosts._lock the resolved
+addresses; Server._idle the count of replies in flight. No lock is held across ssh, HTTP or sleep; only _save_lock,
+Events._lock and SwapLog._lock across a file. _save_lock is taken before _lock; no other two are held at once.
 Trusted: the two YAML files, the environment, the user that ssh logs in as. Not trusted: clients, web pages in
 the owner's browser, what an engine or a Spark answers.
 """
@@ -41,15 +42,19 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import errno
+import fcntl
 import hashlib
 import hmac
 import http.client
+import io
 import ipaddress
 import json
 import math
 import os
 import queue
 import re
+import resource
 import secrets
 import select
 import selectors
@@ -177,6 +182,7 @@ SETTINGS = (
     Setting("SWAP_LAUNCH_TIMEOUT", "300", number(1, 3600), "longest time for the launcher, seconds"),
     Setting("SWAP_LOAD_TIMEOUT", "1800", number(1, 86400), "longest time for a model to load, seconds"),
     Setting("SWAP_ANSWER_TIMEOUT", "60", number(1, 3600), "longest time from the engine's word that it is up to its first answer, seconds"),
+    Setting("SWAP_WARM_TIMEOUT", "300", number(1, 3600), "longest time for an engine's first answer to a prompt, seconds"),
     Setting("SWAP_ROLLBACK", "on", flag, "launch the previous model again when a swap fails after the stop"),
     Setting("HOLD_SECONDS", "60", SECONDS, "longest time a /v1 request is held while its slot swaps"),
     Setting("MAX_BODY_MB", "32", number(1, 1024, whole=True), "largest body of an API or /v1 request, MiB"),
@@ -287,14 +293,19 @@ def quote_path(path):
 
 
 def printable(line, limit=4000):
-    """Text from outside made safe for a terminal and a log: no control characters, bounded."""
-    line = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)
-    return "".join(c if c >= " " and c != "\x7f" else " " if c == "\t" else "\ufffd" for c in line)[:limit]
+    """Text from outside made safe for terminals, logs and JSON: bounded, no control characters, valid Unicode."""
+    line = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line[:2 * limit])
+    return "".join(" " if c == "\t" else "\ufffd" if c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" else c for c in line)[:limit]
+
+
+def to_json(value):
+    """UTF-8 bytes; a lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
 
 
 def nearest(word, known):
     """The most similar known word, or None: for `did you mean`."""
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word)[:100], list(known), n=1, cutoff=0.5)
     return close[0] if close else None
 
 
@@ -339,8 +350,10 @@ def read_state(path, warn):
 
 
 def log(message):
-    """One line to standard error, where systemd and a terminal look for it."""
-    print(f"{utc()} {printable(message)}", file=sys.stderr, flush=True)
+    """To standard error, where systemd and a terminal look for it. Never raises: a full disk there must not stop a swap."""
+    first, *more = message.splitlines()[:80] or [""]
+    with contextlib.suppress(OSError, ValueError):
+        print("\n".join((f"{utc()} {printable(first)}", *("    " + printable(line, 400) for line in more))), file=sys.stderr, flush=True)
 
 
 class Hub:
@@ -361,7 +374,7 @@ class Hub:
             return f"{self.boot}.{self._count}"
 
     def wait_for(self, predicate, timeout_s):
-        """Block until predicate() is true or timeout_s is over; tells which. predicate takes no lock but its own."""
+        """Block until predicate() is true or timeout_s is over; tells which. predicate is asked while no lock is held."""
         deadline = time.monotonic() + timeout_s
         while True:
             with self.changed:
@@ -413,7 +426,6 @@ SSH_FAILURES = (    # (pattern in ssh's own words, kind, what an operator does)
     (r"timed out|Timeout, server", "time_out", "is the Spark on, and on this network?"),
     (r"", "unreachable", "is the Spark on, on this network, and running sshd?"),
 )
-SSH_REMEDY = {"time_out": "is the Spark on, and on this network?"}
 
 
 def classify_ssh_failure(stderr):
@@ -450,6 +462,9 @@ def end_process(process):
             stream.close()
 
 
+OUTPUT_MAX = 16 << 20           # bytes that one remote command may say
+
+
 class Cancelled(Exception):
     """The running swap was told to stop."""
 
@@ -477,46 +492,53 @@ class Hosts:
     def argv(self, spark, script):
         return ["sh", "-c", script] if spark.local else ssh_argv(spark, self.control_dir, script)
 
-    def run(self, name, script, timeout_s, stdin=b"", cancel=None):
-        """Run script on the Spark called name -> Result. Never raises for what the Spark does.
+    def run(self, name, script, timeout_s, cancel=None):
+        """Run script on the Spark called name -> Result. Never raises for what the Spark does; Cancelled once cancel is set.
 
-        Raises Cancelled if the event cancel is set meanwhile. A stale or frozen shared connection is torn down;
-        a call that never got through it is made once more.
+        A shared connection that is stale or frozen is torn down, and a call that was lost with it is made once more:
+        every script of ours may be run twice without harm.
         """
         spark = self.sparks[name]
-        result = self._run_once(spark, script, timeout_s, stdin, cancel)
-        stale = re.search(r"mux_client_\w+: |Control socket connect|ControlSocket .* already exists", result.err)
-        frozen = result.kind == "time_out" and not spark.local and self._run_once(spark, "true", 5, b"", cancel).kind != "ok"
-        if not spark.local and (stale or frozen):
+        result = self._run_once(spark, script, timeout_s, cancel)
+        # a socket whose master died is replaced by ssh itself; a master that answers oddly, or a session that ended
+        # without a word because the master was told to exit meanwhile, deserves one more try
+        stale = result.kind == "unreachable" and re.search(r"mux_client_\w+: |without a word", result.err)
+        frozen = result.kind == "time_out" and not spark.local and self._run_once(spark, "true", 5, cancel).kind != "ok"
+        if frozen or stale and "mux" in result.err:
             self.reset(spark)
-            if stale and result.kind == "unreachable":
-                result = self._run_once(spark, script, timeout_s, stdin, cancel)
-        return result
+        return self._run_once(spark, script, timeout_s, cancel) if stale else result
 
-    def _run_once(self, spark, script, timeout_s, stdin, cancel):
-        deadline = time.monotonic() + timeout_s
+    def _run_once(self, spark, script, timeout_s, cancel):
+        deadline, read = time.monotonic() + timeout_s, {"out": bytearray(), "err": bytearray()}
         try:
-            process = spawn(self.argv(spark, script), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            process = spawn(self.argv(spark, script), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except OSError as e:
             return Result("unreachable", -1, "", f"{e.filename}: {e.strerror}; install openssh-client")
         try:
-            while True:
-                left = deadline - time.monotonic()
-                try:
-                    out, err = process.communicate(stdin, timeout=max(0, min(left, 0.1) if cancel else left))
-                    break
-                except subprocess.TimeoutExpired:
-                    stdin = None                                    # communicate() keeps what it was given at first
+            with selectors.DefaultSelector() as ready:
+                ready.register(process.stdout, selectors.EVENT_READ, "out")
+                ready.register(process.stderr, selectors.EVENT_READ, "err")
+                while ready.get_map():
+                    for key, _ in ready.select(min(0.1, max(0.0, deadline - time.monotonic()))):
+                        chunk = os.read(key.fd, 65536)
+                        read[key.data] += chunk
+                        if not chunk:
+                            ready.unregister(key.fileobj)
                     if cancel and cancel.is_set():
-                        raise Cancelled() from None
+                        raise Cancelled()
                     if deadline <= time.monotonic():
-                        return Result("time_out", -1, "", f"no end within {timeout_s:g} s")
+                        return Result("time_out", -1, "", f"no end within {timeout_s:.3g} s")
+                    if len(read["out"]) + len(read["err"]) > OUTPUT_MAX:
+                        return Result("failed", -1, "", f"more than {OUTPUT_MAX >> 20} MiB of output")
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return Result("time_out", -1, "", f"no end within {timeout_s:.3g} s")
         finally:
             end_process(process)
-        out, err = out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
+        out, err = (bytes(b).decode("utf-8", "replace") for b in read.values())
         if process.returncode == 255 and not spark.local:
             kind, line, _ = classify_ssh_failure(err)
-            return Result(kind, 255, out, err if "mux" in err or "Control" in err else line)
+            return Result(kind, 255, out, err if "mux_client" in err else line)
         return Result("ok" if process.returncode == 0 else "failed", process.returncode, out, err)
 
     def reset(self, spark):
@@ -587,7 +609,7 @@ def remedy_for(result, spark):
 # === 4 catalog ================================================================
 # Two YAML files become frozen records. One bad entry is reported and skipped; the others still load.
 
-SECRETISH = re.compile(r"TOKEN|KEY|SECRET|PASSW", re.I)     # names of a model's environment whose values are not shown
+SECRETISH = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD)$", re.I)     # of a knob or an environment: values not shown
 KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 KNOB = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,127}")
 OURS = frozenset(("port", "served-model-name", "model", "nnodes", "node-rank", "master-addr", "master-port", "headless"))
@@ -617,7 +639,7 @@ class ModelDef:
         return self.local_path or self.repo
 
     def public(self):
-        got = {"key": self.key, "name": self.name, "mode": self.mode, "aliases": list(self.aliases), "knobs": dict(self.knobs),
+        got = {"key": self.key, "name": self.name, "mode": self.mode, "aliases": list(self.aliases), "knobs": {k: "***" if SECRETISH.search(k) else v for k, v in self.knobs},
                "args": list(self.args), "env": {k: "***" if SECRETISH.search(k) else v for k, v in self.env}, "image": self.image or None, "size_gb": self.size_gb or None,
                "description": self.description, "added": self.added, "served_names": list(self.served_names)}
         got["local_path" if self.local_path else "repo"] = self.source
@@ -656,7 +678,7 @@ def expect(kind, value):
           "list": isinstance(value, list), "mapping": isinstance(value, dict)}[kind]
     if not ok:
         raise ValueError(f"must be a {kind}")
-    return value
+    return printable(value, 4000) if kind == "text" and not value.isascii() else value
 
 
 def plain(value):
@@ -667,8 +689,10 @@ def plain(value):
         return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value) or not isinstance(value, (str, int, float, bool, type(None))):
         raise ValueError(f"{value!r} is neither text, number, true, false, list nor mapping: quote it")
-    if isinstance(value, str) and "\0" in value:
-        raise ValueError("must not contain a NUL")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ValueError("is too large a number")
+    if isinstance(value, str):
+        quote_arg(value)                        # no NUL, valid Unicode
     return value
 
 
@@ -732,7 +756,7 @@ def parse_model(key, entry, roots, **more):
         elif value is not None:
             try:
                 fields[name] = parsers[name](value)
-            except ValueError as e:
+            except (ValueError, TypeError, OverflowError) as e:
                 wrong.append((name, str(e)))
     if not wrong and bool(fields.get("repo")) == bool(fields.get("local_path")):
         wrong.append(("", "needs exactly one of repo and local_path"))
@@ -780,12 +804,14 @@ def _mapping(loader, node, deep=False):
 LoudLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, lambda loader, node: _mapping(loader, node, True))
 
 
-def read_yaml(path):
-    """The mapping in a YAML file; {} where the file is absent or empty. Raises OSError, ValueError with line and reason."""
+def read_yaml(path, must_exist=False):
+    """The mapping in a YAML file; {} where it is empty, or absent and need not exist. Raises OSError, ValueError with line and reason."""
     try:
         with open(path, encoding="utf-8") as f:
             got = yaml.load(f, LoudLoader)
     except FileNotFoundError:
+        if must_exist:
+            raise
         return {}
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
@@ -836,6 +862,8 @@ def parse_catalog(base, overrides, roots, base_file="models.yaml", overrides_fil
 
 WORDS = ("model", "served_names", "container", "port", "extra_args", "env", "mounts", "since")
 WORD = re.compile(r"\{(%s)\}" % "|".join(WORDS))
+WORDS_OF = {"stop": ("container", "port"), "alive": ("container", "port"), "logs": ("container", "port", "since"),
+            "launch": tuple(w for w in WORDS if w != "since")}     # what is known when the command runs
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -906,6 +934,8 @@ def parse_template(entry):
             raise ValueError(f"{name}: must be a command")
         if bad := quoted_words(value):
             raise ValueError(f"{name}: {{{bad[0]}}} stands inside quotes, which would undo its quoting; take the quotes away")
+        if unknown := [w for w in WORD.findall(value) if w not in WORDS_OF[name]]:
+            raise ValueError(f"{name}: {{{unknown[0]}}} is not known to this command (known: {', '.join(WORDS_OF[name])})")
     if not fields.get("stop") or not fields.get("launch"):
         raise ValueError("needs both stop and launch")
     return Template(**fields)
@@ -914,17 +944,17 @@ def parse_template(entry):
 def parse_slot(name, entry, sparks, backends):
     unknown = set(entry) - {"hosts", "port", "container", "backend"}
     if unknown:
-        raise ValueError(f"{sorted(unknown)[0]}: is not one of hosts, port, container, backend")
+        raise ValueError(f"{sorted(map(str, unknown))[0]}: is not one of hosts, port, container, backend")
     hosts = entry.get("hosts", list(sparks))
-    if not isinstance(hosts, list) or not hosts or len(set(hosts)) != len(hosts):
+    if not isinstance(hosts, list) or not hosts or len(set(map(str, hosts))) != len(hosts):
         raise ValueError("hosts: must be a list of different Sparks")
     for host in hosts:
-        if host not in sparks:
+        if not isinstance(host, str) or host not in sparks:
             raise ValueError(f"hosts: {host} is not configured (known: {', '.join(sparks) or 'none'})")
     port = expect("whole number", entry.get("port", 8888))
     if not 1 <= port <= 65535:
         raise ValueError("port: must be from 1 to 65535")
-    backend = entry.get("backend", "launch-cluster")
+    backend = expect("text", entry.get("backend", "launch-cluster"))
     if backend != "launch-cluster" and backend not in backends:
         raise ValueError(f"backend: {backend} is not defined")
     return Slot(name, tuple(hosts), port, container_name(str(entry.get("container", "vllm_node"))), backend)
@@ -934,17 +964,17 @@ def parse_service(name, entry, base, sparks):
     entry = expect("mapping", entry or {})
     unknown = set(entry) - {"kind", "host", "port", "name", "container", "health", "url", "user"}
     if unknown:
-        raise ValueError(f"{sorted(unknown)[0]}: is not a field of a service")
+        raise ValueError(f"{sorted(map(str, unknown))[0]}: is not a field of a service")
     kind = entry.get("kind", base.kind if base else None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind: must be one of {', '.join(KINDS)}")
-    host = entry.get("host", base.host if base else "")
+    host = expect("text", entry.get("host", base.host if base else ""))
     if host and host not in sparks:
         raise ValueError(f"host: {host} is not configured (known: {', '.join(sparks) or 'none'})")
     port = entry.get("port", base.port if base else 0)
     if not isinstance(port, int) or not 0 <= port <= 65535:
         raise ValueError("port: must be a whole number up to 65535")
-    health = entry.get("health") or (base.health if base else "") or KINDS[kind]
+    health = expect("text", entry.get("health") or "") or (base.health if base else "") or KINDS[kind]
     url = expect("text", entry.get("url") or "")
     if not health.startswith("/"):
         raise ValueError("health: must start with /")
@@ -952,7 +982,7 @@ def parse_service(name, entry, base, sparks):
         raise ValueError("url: must start with http:// or https://")
     if not url and not (host and port):
         raise ValueError("needs host and port, or url")
-    container = entry.get("container") or (base.container if base else "")
+    container = expect("text", entry.get("container") or "") or (base.container if base else "")
     return Service(name, kind, host, port, printable(str(entry.get("name") or (base.label if base else "") or name), 200),
                    container_name(container) if container else "", health, url, user_name(str(entry.get("user") or "")),
                    bool(base), True)
@@ -984,7 +1014,7 @@ def parse_layout(doc, sparks, settings, file="services-overrides.yaml"):
     def attempt(where, parse, into, *args):
         try:
             into[args[0]] = parse(*args)
-        except ValueError as e:
+        except (ValueError, TypeError, AttributeError, OverflowError) as e:
             field, _, rest = str(e).partition(": ")
             plain_field = field if rest and " " not in field else ""
             problems.append(Problem(file, f"{where}.{args[0]}", plain_field, rest if plain_field else str(e)))
@@ -1002,13 +1032,16 @@ def parse_layout(doc, sparks, settings, file="services-overrides.yaml"):
     services.update(builtin)
     for key, entry in section("services"):
         attempt("services", lambda k, e: parse_service(k, e, builtin.get(k), sparks), services, key, entry)
-    taken = collections.defaultdict(list)
-    for slot in slots.values():
-        taken[slot.hosts[0], slot.port].append(slot.name)
-    for (host, port), users in taken.items():
-        if len(users) > 1:
-            problems.append(Problem(file, "slots", "", f"{' and '.join(users)} share port {port} of {host}"))
-    return Layout(slots, backends, services), problems
+    kept = {}
+    for slot in slots.values():                 # a swap of one would stop the other
+        clash = next(((what, other) for other in kept.values() for what, same in (
+            ("container", slot.container == other.container and set(slot.hosts) & set(other.hosts)),
+            ("port", (slot.port, slot.hosts[0]) == (other.port, other.hosts[0]))) if same), None)
+        if clash:
+            problems.append(Problem(file, f"slots.{slot.name}", clash[0], f"{getattr(slot, clash[0])} is slot {clash[1].name}'s already; this slot is left out"))
+        else:
+            kept[slot.name] = slot
+    return Layout(kept, backends, services), problems
 
 
 class Config(NamedTuple):
@@ -1049,7 +1082,7 @@ class ConfigStore:
         self._seen, broken = stamps, []
         for name, path in self.paths.items():
             try:
-                self._good[name] = read_yaml(path)
+                self._good[name] = read_yaml(path, must_exist=name == "models")
             except (OSError, ValueError) as e:
                 why = e.strerror if isinstance(e, OSError) else str(e)
                 broken.append(Problem(os.path.basename(path), "", "", f"{why}; what was last good stays in force"))
@@ -1164,15 +1197,25 @@ class Plan:
     backend: str
     launch: str                 # shell text, run on the head
     shown: str                  # the same with secrets masked, for people
-    logs: str                   # shell text with {since} as its only word, or blank
+    stop: str                   # shell text that ends it
+    logs: str                   # shell text with a NUL where the time of the launch goes, or blank
     alive: str                  # shell text, or blank
     pooling: bool = False       # answers embeddings, not completions
     need_gb: float = 0          # GiB per Spark that must be free before the launch; 0 = unknown
 
     @classmethod
     def from_dict(cls, got):
-        """Raises TypeError or ValueError for a journal of another shape."""
-        return cls(**{**got, "served_names": tuple(got["served_names"]), "hosts": tuple(got["hosts"])})
+        """Raises TypeError, KeyError or AttributeError for a journal of another shape."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{**{k: v for k, v in got.items() if k in known}, "served_names": tuple(got["served_names"]), "hosts": tuple(got["hosts"])})
+
+
+def stop_command(slot, config, wide):
+    """The shell text that stops what runs in the slot; wide: a cluster may be there, so the launcher must visit every Spark."""
+    if slot.backend != "launch-cluster":
+        return fill(config.layout.backends[slot.backend].stop, {"container": quote_arg(slot.container), "port": quote_arg(slot.port)})
+    return fill(LAUNCH_CLUSTER.stop, {"launch_dir": quote_path(config.settings["LAUNCH_DIR"]),
+                                      "stop_flags": ("" if wide else "--solo ") + "--name " + quote_arg(slot.container)})
 
 
 def make_plan(model, slot, config, flags=frozenset(("--name",)), need_gb=0):
@@ -1185,11 +1228,11 @@ def make_plan(model, slot, config, flags=frozenset(("--name",)), need_gb=0):
     logs = "\0".join(fill(part, words) for part in parts)
     knobs = {k.replace("_", "-"): v for k, v in model.knobs}
     launch = shown = fill(template.launch, words)
-    for name, value in model.env:
+    for name, value in (*model.env, *model.knobs):
         if SECRETISH.search(name):
-            shown = shown.replace(quote_arg(f"{name}={value}"), f"{name}=***")
+            shown = shown.replace(quote_arg(f"{name}={value}"), f"{name}=***").replace(quote_arg(f"--{name}") + " " + quote_arg(value), f"--{name} ***")
     return Plan(slot.name, model.key, model.served_names, slot.hosts if model.mode == "cluster" else slot.hosts[:1],
-                slot.port, slot.container, slot.backend, launch, shown, logs, fill(template.alive, words),
+                slot.port, slot.container, slot.backend, launch, shown, stop_command(slot, config, model.mode == "cluster"), logs, fill(template.alive, words),
                 knobs.get("runner") == "pooling" or "convert" in knobs, need_gb)
 
 
@@ -1199,7 +1242,7 @@ def with_since(logs, since):
 
 # --- scripts; each is POSIX sh, runs on one Spark, and may be run twice without harm
 
-def gate_script(swap_id, command):
+def launch_once_script(swap_id, command):
     """Launch at most once: whoever makes the directory named after the swap launches; everybody waits for its exit code.
 
     The launch runs in a session of its own with its output in that directory, so that neither a dropped ssh nor
@@ -1226,13 +1269,18 @@ exit "$r"
 """
 
 
-def ungate_script(swap_id):
+def end_launch_script(swap_id):
     """End a launcher that is still at work for swap_id."""
     return f"""d="$HOME/.cache/sparkctl/"{quote_arg(swap_id)}
 p=$(cat "$d/pid" 2>/dev/null)
 if [ -n "$p" ] && [ ! -e "$d/rc" ]; then kill -TERM -- "-$p" 2>/dev/null || kill -TERM "$p" 2>/dev/null; sleep 0.3; kill -KILL -- "-$p" 2>/dev/null; fi
 exit 0
 """
+
+
+def alive_script(alive):
+    """Exit 0 while the engine's process lives, by the template's own word."""
+    return f"a=$({alive or ':'}\n) 2>/dev/null && [ \"$a\" != false ]"
 
 
 def follow_script(plan, since):
@@ -1252,18 +1300,12 @@ bye() {{ kill -- "-$p" 2>/dev/null || kill "$p" 2>/dev/null; exit 0; }}
 trap bye PIPE HUP TERM INT
 n=0 why=
 while :; do
-  if a=$({plan.alive or ":"}
-  ) 2>/dev/null && [ "$a" != false ]; then n=0; else n=$((n+1)); fi
+  if {alive_script(plan.alive)}; then n=0; else n=$((n+1)); fi
   if [ "$n" -ge 2 ]; then sleep 0.3; {post_mortem or ":"}; echo "dead $why" >&2; bye; fi
   echo beat >&2 || bye
   sleep 0.5
 done
 """
-
-
-def alive_script(plan):
-    """Exit 0 while the engine's process lives."""
-    return f"a=$({plan.alive or ':'}\n) 2>/dev/null && [ \"$a\" != false ]"
 
 
 def retire_script(container):
@@ -1349,6 +1391,16 @@ class Probe(NamedTuple):
     detail: str = ""
 
 
+class _Received:
+    """Bytes in a socket's clothes, for http.client to parse."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def makefile(self, *_):
+        return io.BytesIO(self.data)
+
+
 class Endpoint(NamedTuple):
     host: str
     port: int
@@ -1358,24 +1410,36 @@ class Endpoint(NamedTuple):
     def url(self):
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
-    def request(self, method, path, body=None, timeout_s=2.0, on_connect=None):
-        """(status, bytes) of one request. Raises OSError or http.client.HTTPException; 4 MiB of reply at most."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout_s)
-        try:
-            if on_connect:
-                on_connect(connection)
-            headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-            if body is not None:
-                body, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
-            connection.request(method, path, body, headers)
-            reply = connection.getresponse()
-            return reply.status, reply.read(4 << 20)
-        finally:
-            connection.close()
+    def request(self, method, path, body=None, timeout_s=2.0, cancel=None):
+        """(status, bytes) of one request, all of it within timeout_s, however the bytes drip; 4 MiB at most.
+
+        Raises OSError, http.client.HTTPException, or Cancelled once the event cancel is set.
+        """
+        deadline, data, body = time.monotonic() + timeout_s, bytearray(), b"" if body is None else to_json(body)
+        lines = [f"{method} {path} HTTP/1.1", f"Host: {self.url[7:]}", "Connection: close", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+        lines += [f"Authorization: Bearer {self.key}"] if self.key else []
+        with socket.create_connection((self.host, self.port), min(timeout_s, 5)) as s:
+            s.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + body)
+            while len(data) < 4 << 20:
+                s.settimeout(max(0.001, min(0.1, deadline - time.monotonic())))
+                try:
+                    chunk = s.recv(65536)
+                except TimeoutError:
+                    if cancel and cancel.is_set():
+                        raise Cancelled() from None
+                    chunk = None
+                if chunk == b"":
+                    break
+                data += chunk or b""
+                if time.monotonic() >= deadline:
+                    raise TimeoutError()
+        reply = http.client.HTTPResponse(_Received(bytes(data)), method=method)
+        reply.begin()
+        return reply.status, reply.read()
 
 
 def probe_vllm_endpoint(endpoint, timeout_s=2.0):
-    """Ask an engine /health, then /v1/models -> Probe. Never raises; takes up to twice timeout_s.
+    """Ask an engine /health, then /v1/models -> Probe. Never raises; takes twice timeout_s at most.
 
     vLLM refuses connections until it is ready, answers /health 503 only when its engine is dead, and guards /v1
     but not /health with its key (vllm/entrypoints/serve/instrumentator/health.py).
@@ -1395,8 +1459,10 @@ def probe_vllm_endpoint(endpoint, timeout_s=2.0):
     except ConnectionRefusedError:
         return Probe("silent", detail="connection refused")
     except (OSError, http.client.HTTPException) as e:
+        if getattr(e, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            return Probe("unknown", detail="sparkctl itself ran out of file descriptors or memory")
         return Probe("silent", detail="no answer in time" if isinstance(e, TimeoutError) else "no answer")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return Probe("foreign", detail="what answers is not a vLLM")
 
 
@@ -1473,7 +1539,7 @@ def _words(form, groups):
 
 def classify_log_line(line):
     """One line of an engine's or launcher's log -> Signal. Pure; ERROR alone is not fatal, vLLM logs it in good health."""
-    line = LOG_PREFIX.sub("", line)
+    line = LOG_PREFIX.sub("", line[:2000])      # bounded, since some patterns cost the square of a line's length
     if m := SHARDS.search(line):
         done, total = int(m["done"]), max(1, int(m["all"]))
         what = "files" if "shards" in m["what"] else "tensors"
@@ -1566,7 +1632,7 @@ class Swap:
     note: str = ""
     client: str = ""
     seq: int = 0                    # grows with every change; what long-polls wait on
-    # from here on for the journal only
+    # for the journal only
     plan: Plan | None = None
     previous: Plan | None = None    # what was launched before, to go back to
     since: str = ""                 # when the launch began, by the head's clock
@@ -1574,11 +1640,15 @@ class Swap:
     cancelling: bool = False
     ending: dict | None = None      # outcome that is decided while the clean-up still runs
 
+    @property
+    def holds(self):
+        """Whether requests for the slot wait: it does not serve, or will not in a moment."""
+        return self.phase not in TERMINAL and (self.phase not in ("queued", "checking") or bool(self.rollback_of))
+
     def public(self):
         """The shape of the API."""
-        got = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:-6]}
-        for name in ("fraction", "text", "phase_began"):
-            got.pop(name)
+        own = ("plan", "previous", "since", "touched", "cancelling", "ending", "fraction", "text", "phase_began")
+        got = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
         got["phases"] = [{"phase": p, "started_at": at, "seconds": s} for p, at, s in self.phases]
         got["progress"] = {"fraction": round(self.fraction, 4), "text": self.text}
         got["checks"] = [c._asdict() for c in self.checks]
@@ -1590,11 +1660,14 @@ class Swap:
 
     @classmethod
     def from_journal(cls, got):
-        """Raises TypeError, KeyError or ValueError for another shape."""
+        """Raises TypeError, KeyError, ValueError or AttributeError for another shape."""
         known = {f.name for f in dataclasses.fields(cls)}
         got = {k: v for k, v in got.items() if k in known}
         got["checks"] = tuple(Check(*c) for c in got.get("checks", ()))
-        got["phases"] = tuple(tuple(p) for p in got.get("phases", ()))
+        got["phases"] = tuple((str(p), str(at), None if took is None else float(took)) for p, at, took in got.get("phases", ()))
+        got["fraction"], got["phase_began"] = (float(got.get(k, 0)) for k in ("fraction", "phase_began"))
+        if not all(isinstance(got.get(k), (str, type(None))) for k in ("ended_at", "model", "slot", "text", "note")) or not math.isfinite(got["fraction"]):
+            raise ValueError("a field is of another type")
         for name in ("commands", "skip_checks"):
             got[name] = tuple(got.get(name, ()))
         for name in ("plan", "previous"):
@@ -1696,7 +1769,7 @@ def _check_model(add, model, slot, used, there, probe, current):
         unknown = not current and bool(probe.served or there[host]["engine"])
         need_gb = max(need_gb, need)
         if weights + 1 > need:
-            row = ("fail", f"{host}: {weights:.1f} GB of weights do not fit into {need:.1f} GB ({how})",
+            row = ("fail", f"{host}: {weights:.1f} GB of weights and 1 GB to work in do not fit into {need:.1f} GB ({how})",
                    f"raise gpu-memory-utilization to {min(0.95, (weights + 6) / total):.2f}, or use more Sparks")
         elif need + 2 > available + back and not unknown:
             row = ("fail", f"{host}: needs {need:.1f} GB ({how}), and {available + back:.1f} GB can be free",
@@ -1771,7 +1844,7 @@ def evaluate_checks(model, slot, config, facts, used, probe, current):
 # === 9 swap ===================================================================
 # One thread, `swap`, performs the running swap phase by phase; every phase may be begun again after a crash. Others
 # only ask: start(), cancel(). Decide under the lock, act outside it. The journal, swap.json, is written before the
-# first effect of a phase, so what it says is what may have happened.
+# first effect of a phase. If it cannot be, nothing is stopped; later, a full disk does not stop a swap half-way.
 
 
 class Failed(Exception):
@@ -1886,7 +1959,7 @@ class Follower:
     STAMP = re.compile(r"^(\d{4}-\d\d-\d\dT[\d:.]+Z) ?")
 
     def __init__(self, hosts, spark, plan, since):
-        self.events = queue.SimpleQueue()                   # ("log", text) ("dead", why) ("lost", why) ("back", "")
+        self.events = queue.Queue(5000)                     # ("log", text) ("dead", why) ("lost", why) ("back", ""); full: the Spark waits
         self._hosts, self._spark, self._plan, self._since = hosts, spark, plan, since
         self._seen_at = 0                                   # lines seen that carry the time stamp _since
         self._closed = threading.Event()
@@ -1896,6 +1969,12 @@ class Follower:
     def close(self):
         self._closed.set()
         self._thread.join(5)
+
+    def _put(self, *event):
+        while not self._closed.is_set():
+            with contextlib.suppress(queue.Full):
+                return self.events.put(event, timeout=0.2)
+        return None
 
     def _follow(self):
         pause, lost = 0.25, False
@@ -1910,7 +1989,7 @@ class Follower:
                 return
             pause = 0.25 if beats else min(5.0, pause * 2)
             if not lost or beats:
-                self.events.put(("lost", why))
+                self._put("lost", why)
             lost = True
             self._closed.wait(pause)
 
@@ -1939,9 +2018,9 @@ class Follower:
                             elif line == "beat":
                                 beats, last_beat = beats + 1, time.monotonic()
                                 if lost and beats == 1:
-                                    self.events.put(("back", ""))
+                                    self._put("back", "")
                             elif line.startswith("dead"):
-                                self.events.put(("dead", line[5:].strip()))
+                                self._put("dead", line[5:].strip())
                                 return None, beats
                             else:
                                 tail = (tail + line.encode() + b"\n")[-4000:]
@@ -1965,7 +2044,7 @@ class Follower:
             line = line[m.end():]
         for part in line.split("\r"):
             if part.strip():
-                self.events.put(("log", part))
+                self._put("log", part[:8000])
 
 
 class SwapRun:
@@ -1977,6 +2056,7 @@ class SwapRun:
         self.id = s.id
         self.log = manager.log_of(s.id)
         self.slot = config.layout.slots.get(s.slot)
+        self.phase, self.phase_at = "", 0.0     # the phase being performed, and since when (monotonic), by this process
         self.follower = None
         self.was_empty = False              # nothing was there to stop, so no memory has to come back
         self.last_line = time.monotonic()
@@ -1990,6 +2070,8 @@ class SwapRun:
     def perform(self, s):
         if self.slot is None:
             raise Failed("slot_gone", f"slot {s.slot} is not configured any more", "put it back into services-overrides.yaml")
+        if s.phase != self.phase:
+            self.phase, self.phase_at = s.phase, time.monotonic()
         getattr(self, "do_" + s.phase)(s)
 
     # --- helpers
@@ -2000,9 +2082,9 @@ class SwapRun:
     def endpoint(self):
         return Endpoint(self.m.hosts.address(self.slot.hosts[0]), self.slot.port, self.config.settings["VLLM_API_KEY"])
 
-    def left(self, s, limit):
-        """Seconds that the running phase still has; the limit counts from its journaled start, across restarts."""
-        return s.phase_began + self.config.settings[limit] - time.time()
+    def left(self, limit):
+        """Seconds that the phase still has. A restart in the middle gives it the whole again: the outage was not its fault."""
+        return self.phase_at + self.config.settings[limit] - time.monotonic()
 
     def pause(self, seconds):
         if self.cancel.wait(seconds):
@@ -2081,17 +2163,12 @@ class SwapRun:
                 yield head, with_since(plan.logs, "now")
 
     def stop_command(self, previous):
-        """How the slot's engine is stopped on its head; a cluster that may be there needs the launcher to visit all."""
-        if self.slot.backend != "launch-cluster":
-            template = self.config.layout.backends[self.slot.backend]
-            return fill(template.stop, {"container": quote_arg(self.slot.container), "port": quote_arg(self.slot.port)})
-        wide = len(self.slot.hosts) > 1 and (previous is None or len(previous.hosts) > 1)
-        return fill(LAUNCH_CLUSTER.stop, {"launch_dir": quote_path(self.config.settings["LAUNCH_DIR"]),
-                                          "stop_flags": ("" if wide else "--solo ") + "--name " + quote_arg(self.slot.container)})
+        """How what is in the slot is stopped; of an engine that is not ours only the slot's size is known."""
+        return stop_command(self.slot, self.config, len(self.slot.hosts) > 1 and (previous is None or len(previous.hosts) > 1))
 
     def do_draining(self, s):
         self.m.gate.hold(s.slot)
-        left = self.m.gate.drain(s.slot, self.left(s, "SWAP_DRAIN_SECONDS"), self.cancel)
+        left = self.m.gate.drain(s.slot, self.left("SWAP_DRAIN_SECONDS"), self.cancel)
         if left:
             self.log.add(f"{left} requests did not end within SWAP_DRAIN_SECONDS and will be cut")
         previous = self.m.plan_of(s.slot) or s.previous
@@ -2102,31 +2179,52 @@ class SwapRun:
         self.m._enter("stopping", touched=True, previous=previous)
 
     def do_stopping(self, s):
-        deadline = s.phase_began + self.config.settings["SWAP_STOP_TIMEOUT"]
         needed = s.plan.hosts if s.plan else self.slot.hosts
-        self.stop_engine(s.previous, needed, deadline, self.cancel)
+        self.stop_engines(s, needed, self.cancel)
         self.m._observe(s.slot, Probe("silent", detail="stopped"))
-        deadline = time.time() + self.config.settings["SWAP_STOP_TIMEOUT"]
         if s.plan is None:
             return self.m._conclude("ready", plans={s.slot: None})
-        self.wait_for_memory(s, deadline)
+        self.wait_for_memory(s)
         self.m._enter("launching", forget=(s.slot,))
 
-    def stop_engine(self, previous, needed, deadline, cancel):
+    def places(self, s):
+        """What to stop: the slot as it is configured now, and where it was changed since, what was launched there."""
+        known = [p for p in (s.plan, s.previous, self.m.plan_of(s.slot)) if p]
+        if self.slot:
+            clean = dict(slot=s.slot, model="", served_names=(), hosts=self.slot.hosts, port=self.slot.port, container=self.slot.container, backend=self.slot.backend,
+                         launch="", shown="", stop=self.stop_command(self.m.plan_of(s.slot) or s.previous), logs="",
+                         alive="" if self.slot.backend == "launch-cluster" else
+                         fill(self.config.layout.backends[self.slot.backend].alive, {"container": quote_arg(self.slot.container), "port": quote_arg(self.slot.port)}))
+            yield Plan(**clean)
+        seen = {(self.slot.hosts[0], self.slot.port, self.slot.container, self.slot.backend)} if self.slot else set()
+        for p in known:
+            if (p.hosts[0], p.port, p.container, p.backend) not in seen and set(p.hosts) <= set(self.config.sparks):
+                seen.add((p.hosts[0], p.port, p.container, p.backend))
+                yield p
+
+    def stop_engines(self, s, needed, cancel):
         """Stop what runs in the slot and see that it is gone. Raises Failed if it is not; Sparks not needed may be down."""
-        hosts, head = self.slot.hosts, self.slot.hosts[0]
-        room = lambda most: max(1.0, min(most, deadline - time.time()))
-        run = lambda host, script, most: self.m.hosts.run(host, script, room(most), cancel=cancel)
-        if self.slot.backend == "launch-cluster":
-            self.save_engine_log(run)
-            self.m.hosts.each(hosts, lambda h: run(h, retire_script(self.slot.container), 20))
+        for place in self.places(s):
+            self.stop_engine(place, needed, time.monotonic() + self.config.settings["SWAP_STOP_TIMEOUT"], cancel)
+
+    def stop_engine(self, place, needed, deadline, cancel):
+        head = place.hosts[0]
+
+        def run(host, script, most=1e9):
+            return self.m.hosts.run(host, script, max(1.0, min(most, deadline - time.monotonic())), cancel=cancel)
+
+        def on_all(*script_and_limit):
+            return self.m.hosts.each(place.hosts, lambda host: run(host, *script_and_limit))
+        if place.backend == "launch-cluster":
+            self.save_engine_log(run, place)
+            on_all(retire_script(place.container), 20)
             # half of the time at most: what the launcher leaves is removed below all the same
-            got = run(head, self.stop_command(previous), self.config.settings["SWAP_STOP_TIMEOUT"] / 2)
+            got = run(head, place.stop, self.config.settings["SWAP_STOP_TIMEOUT"] / 2)
             if got.kind != "ok":
                 self.log.add(f"launch-cluster.sh stop: {got.kind}: {got.err.strip()[-300:] or got.out.strip()[-300:]}")
-            ends = self.m.hosts.each(hosts, lambda h: run(h, remove_script(self.slot.container), 1e9))
+            ends = on_all(remove_script(place.container))
         else:
-            ends = self.m.hosts.each(hosts, lambda h: run(h, self.stop_command(previous), 1e9))
+            ends = on_all(place.stop)
             for host, got in ends.items():
                 if got.kind == "failed":    # `docker rm -f` of nothing, say: whether it is gone is seen below
                     self.log.add(f"{host}: the template's stop ended with {got.code}: {got.err.strip()[-300:]}")
@@ -2134,63 +2232,67 @@ class SwapRun:
         for host, got in ends.items():
             if got.kind == "ok":
                 continue
-            what = f"{host}: {'the container ' + self.slot.container + ' is still there' if got.code == 4 else got.kind.replace('_', ' ')} {got.err.strip()[-200:]}"
+            what = f"{host}: {'the container ' + place.container + ' is still there' if got.code == 4 else got.kind.replace('_', ' ')} {got.err.strip()[-200:]}"
             if host in needed:
                 raise Failed("stop_failed", f"the old engine could not be stopped: {printable(what)}", remedy_for(got, self.config.sparks[host]) or "stop it by hand on that Spark")
             self.log.add(f"warning: {what}")
-        self.wait_for_silence(deadline, cancel)
+        self.wait_for_silence(place, deadline, cancel)
 
-    def save_engine_log(self, run):
+    def save_engine_log(self, run, place):
         """Keep the last lines of the engine's log: they die with its container."""
-        got = run(self.slot.hosts[0], f"docker logs -t --tail 5000 {quote_arg(self.slot.container)} 2>&1", 10)
+        got = run(place.hosts[0], f"docker logs -t --tail 5000 {quote_arg(place.container)} 2>&1 | tail -c 4000000", 10)
         if got.kind == "ok" and got.out.strip():
             with contextlib.suppress(OSError):
-                write_atomic(os.path.join(self.m.dir, self.m.running().id + ".engine.log"), got.out[-(4 << 20):].encode())
+                write_atomic(os.path.join(self.m.dir, self.id + ".engine.log"), got.out.encode())
 
-    def wait_for_silence(self, deadline, cancel):
-        """Until nothing answers on the slot's port and no engine process is left. Raises Failed, Cancelled."""
-        alive = fill(self.config.layout.backends[self.slot.backend].alive, {"container": quote_arg(self.slot.container), "port": quote_arg(self.slot.port)}) \
-            if self.slot.backend != "launch-cluster" else ""
+    def wait_for_silence(self, place, deadline, cancel):
+        """Until nothing answers on the port and, with a template, no engine process is left. Raises Failed, Cancelled."""
+        endpoint = Endpoint(self.m.hosts.address(place.hosts[0]), place.port, self.config.settings["VLLM_API_KEY"])
         while True:
-            probe = probe_vllm_endpoint(self.endpoint(), 1.0)
-            lives = bool(alive) and self.m.hosts.run(self.slot.hosts[0], f"a=$({alive}\n) 2>/dev/null && [ \"$a\" != false ]", 10, cancel=cancel).kind == "ok"
+            probe = probe_vllm_endpoint(endpoint, 1.0)
+            lives = bool(place.alive) and self.m.hosts.run(place.hosts[0], alive_script(place.alive), 10, cancel=cancel).kind == "ok"
             if probe.state == "silent" and not lives:
                 return
-            if time.time() >= deadline:
-                raise Failed("stop_failed", f"port {self.slot.port} still answers ({', '.join(probe.served[:2]) or probe.detail})" if probe.state != "silent"
+            if time.monotonic() >= deadline:
+                raise Failed("stop_failed", f"port {place.port} still answers ({', '.join(probe.served[:2]) or probe.detail})" if probe.state != "silent"
                              else "the old engine's process still lives", "stop it by hand on the Spark")
             if (cancel or threading.Event()).wait(0.1):
                 raise Cancelled()
 
-    def wait_for_memory(self, s, deadline):
+    def wait_for_memory(self, s):
         """The reclaim gate: launch only when every Spark used has the memory back and it has settled."""
-        samples = {host: [] for host in s.plan.hosts}
+        samples, silent = {host: [] for host in s.plan.hosts}, {}
         need_kb = 0 if "memory" in s.skip_checks or s.rollback_of else int(s.plan.need_gb * (1 << 20))
-        while True:
-            for host, got in self.m.hosts.each(samples, lambda h: self.on(h, "awk '/^MemAvailable:/ {print $2}' /proc/meminfo", 10)).items():
+        deadline = time.monotonic() + self.config.settings["SWAP_STOP_TIMEOUT"]
+        while samples:
+            for host, got in self.m.hosts.each(samples, lambda h: self.on(h, "awk '/^MemAvailable:/ {print $2}' /proc/meminfo 2>/dev/null; exit 0", 10)).items():
+                silent[host] = not got.reached
                 if got.out.strip().isdigit():
                     samples[host].append((time.monotonic(), int(got.out)))
-            short = {h: v for h, v in samples.items() if v and not (reclaimed(v, need_kb) or self.was_empty and v[-1][1] >= need_kb)}
+                elif got.reached:
+                    del samples[host]       # not a Linux: nothing to go by
+            short = {h: v for h, v in samples.items() if silent[h] or not (reclaimed(v, need_kb) or self.was_empty and v[-1][1] >= need_kb)}
             if not short:
                 return
-            if time.time() >= deadline:
-                host, values = next(iter(short.items()))
-                raise Failed("memory_not_released", f"{host} has {values[-1][1] / (1 << 20):.1f} GB available after the stop, and the model needs {s.plan.need_gb:.1f} GB",
+            host, values = next(iter(short.items()))
+            has = f"{values[-1][1] / (1 << 20):.1f} GB available" if values else "not answered"
+            if time.monotonic() >= deadline:
+                raise Failed("unreachable" if silent[host] else "memory_not_released", f"{host} has {has} after the stop, and the model needs {s.plan.need_gb:.1f} GB",
                              "see what else holds memory there, or lower gpu-memory-utilization")
-            self.m._update(text=f"Waiting for memory: {min(v[-1][1] for v in short.values()) / (1 << 20):.1f} GB available")
+            self.m._update(text=f"Waiting for memory: {host} has {has}")
             self.pause(0.25)
 
     def do_launching(self, s):
         head = s.plan.hosts[0]
         while True:
-            got = self.on(head, gate_script(s.id, s.plan.launch), max(1.0, self.left(s, "SWAP_LAUNCH_TIMEOUT")))
-            if got.reached or self.left(s, "SWAP_LAUNCH_TIMEOUT") <= 0:
+            got = self.on(head, launch_once_script(s.id, s.plan.launch), max(1.0, self.left("SWAP_LAUNCH_TIMEOUT")))
+            if got.reached or self.left("SWAP_LAUNCH_TIMEOUT") <= 0:
                 break
             self.log.add(f"{head}: {got.kind.replace('_', ' ')}; trying again")     # the gate makes that safe
             self.pause(0.5)
         since, cause = "", None
-        for line in (got.out + "\n" + got.err).splitlines():
-            if line.startswith("since "):
+        for n, line in enumerate((got.out + "\n" + got.err).splitlines()):
+            if n == 0 and line.startswith("since "):        # ours; the launcher may say what it likes after it
                 since = line[6:].strip()
             elif line.strip():
                 self.log.add(line)
@@ -2226,7 +2328,7 @@ class SwapRun:
             if up_at and now - up_at > self.config.settings["SWAP_ANSWER_TIMEOUT"]:
                 raise Failed("not_answering", f"the engine says it is up, and port {s.plan.port} does not answer from here ({probe.detail})",
                              "is a firewall between, or does a knob bind the engine to another address or port?")
-            if self.left(s, "SWAP_LOAD_TIMEOUT") <= 0:
+            if self.left("SWAP_LOAD_TIMEOUT") <= 0:
                 raise Failed("load_timeout", f"not ready after {self.config.settings['SWAP_LOAD_TIMEOUT']:g} s (SWAP_LOAD_TIMEOUT)", "see the log for what it does; a larger limit, or a faster load-format")
 
     def _watch(self, s, timeout_s):
@@ -2295,14 +2397,14 @@ class SwapRun:
         return Failed("engine_died", f"the engine's process ended{told} while it was loading", "the log's last lines may say why")
 
     def do_warming(self, s):
-        """One tiny request, so that `ready` means: answers a prompt."""
-        done, held = queue.SimpleQueue(), []
+        """One tiny request, so that `ready` means: answers a prompt. The engine's death ends it early, as a cancel does."""
+        done, stop = queue.SimpleQueue(), threading.Event()
         body = {"model": s.model, "input": "Hello"} if s.plan.pooling else {"model": s.model, "prompt": "Hello", "max_tokens": 1}
-        path = "/v1/embeddings" if s.plan.pooling else "/v1/completions"
+        path, limit = "/v1/embeddings" if s.plan.pooling else "/v1/completions", self.config.settings["SWAP_WARM_TIMEOUT"]
 
         def ask():
             try:
-                done.put(self.endpoint().request("POST", path, body, max(1.0, self.left(s, "SWAP_LAUNCH_TIMEOUT")), held.append))
+                done.put(self.endpoint().request("POST", path, body, limit, stop))
             except Exception as e:                          # told below, by the thread that decides
                 done.put((0, type(e).__name__.encode()))
         threading.Thread(target=ask, name="warm", daemon=True).start()
@@ -2311,12 +2413,10 @@ class SwapRun:
                 self._watch(s, 0.02)
             status, reply = done.get()
         finally:
-            for connection in held:
-                with contextlib.suppress(OSError, AttributeError):
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+            stop.set()
         if status != 200:
             self.log.add(f"{path} answered {status}: {reply[:300].decode('utf-8', 'replace')}")
-            raise Failed("warming_failed", f"the engine is up, and its first request failed ({path}: {f'HTTP {status}' if status else 'no answer'})",
+            raise Failed("warming_failed", f"the engine is up, and its first request failed ({path}: {f'HTTP {status}' if status else f'no answer within {limit:g} s'})",
                          "the log's last lines may say why")
         self.m._observe(s.slot, Probe("serving", s.plan.served_names))
         self.m._conclude("ready", plans={s.slot: s.plan})
@@ -2324,28 +2424,31 @@ class SwapRun:
     # --- ending badly
 
     def clean_up(self, s):
-        """Leave no half-started engine. Returns the previous Plan if its engine turns out to serve still, else None."""
-        deadline = time.time() + self.config.settings["SWAP_STOP_TIMEOUT"]
-        if self.slot is None:
-            return None
+        """Leave no half-started engine -> the Plan of what is in the slot all the same, or None; says so in the log.
+
+        That is the previous engine if it would not stop and serves still, or the new one if it could not be reached.
+        """
         gave_up = (s.ending.get("error") or {}).get("code") == "stop_failed"    # else its end may still be under way
         if gave_up and s.previous and set(probe_vllm_endpoint(self.endpoint(), 1.0).served) & set(s.previous.served_names) \
-                and self.m.hosts.run(s.previous.hosts[0], f"a=$({s.previous.alive or ':'}\n) 2>/dev/null && [ \"$a\" != false ]", 10).kind == "ok":
+                and self.m.hosts.run(s.previous.hosts[0], alive_script(s.previous.alive), 10).kind == "ok":
             return s.previous
-        if s.plan:
-            self.m.hosts.run(s.plan.hosts[0], ungate_script(s.id), 10)
         try:
-            self.stop_engine(s.plan or s.previous, s.plan.hosts if s.plan else (), deadline, None)
-        except Failed as e:
-            self.log.add(f"-- clean-up: {e}")
-        self.m._observe(s.slot, probe_vllm_endpoint(self.endpoint(), 1.0))
-        return None
+            if s.plan:
+                self.m.hosts.run(s.plan.hosts[0], end_launch_script(s.id), 10)
+            self.stop_engines(s, s.plan.hosts if s.plan else (), None)
+            self.m._observe(s.slot, Probe("silent", detail="stopped"))
+            return None
+        except Exception as e:                              # whatever it is, the swap has to come to its end
+            self.log.add(f"-- clean-up failed: {e}")
+            if not isinstance(e, Failed):
+                log(f"swap {s.id}: clean-up: {traceback.format_exc()}")
+            return s.plan if s.phase in ("launching", "loading", "warming") else None
 
 
 class SwapManager:
     """Decides who may swap, keeps the journal and the history, and owns the thread that acts."""
 
-    KEEP = 50                                               # terminal swaps, each with its log
+    KEEP, KEEP_DRY = 50, 10                                 # terminal swaps, each with its log; dry runs, in memory only
 
     def __init__(self, data_dir, config, hosts, hub, gate, events, warn, observe=lambda slot, probe: None):
         self.dir = os.path.join(data_dir, "swaps")
@@ -2392,7 +2495,7 @@ class SwapManager:
         """(id of the swap that has touched the slot or None, how many swaps ended): equal marks mean nothing happened."""
         with self._lock:
             s = self._running
-            return (s.id if s and s.slot == slot and s.phase not in ("queued", "checking") else None), self._recent[:1]
+            return (s.id if s and s.slot == slot and s.holds else None), self._recent[:1]
 
     def log_of(self, swap_id):
         with self._lock:
@@ -2419,11 +2522,11 @@ class SwapManager:
 
     # --- asking
 
-    def start(self, slot, model, authorise=lambda: None, **options):
-        """Begin a swap of slot to model (a key; None = unload) -> the queued Swap.
+    def start(self, slot, model, **options):
+        """Begin a swap of slot to model (a key; None = unload) -> the queued Swap. Raises Refused 409 while another runs.
 
-        Raises Refused 409 while another runs, and whatever authorise() raises: both are asked under one lock. A
-        running rollback gives way to a new swap, which then waits as `queued` until the rollback has cleaned up.
+        A running rollback of the same slot gives way to a new swap, which waits as `queued` until the rollback has
+        cleaned up. The journal is written before the swap is published: a refusal changes nothing.
         """
         now = time.time()
         swap = Swap(f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{secrets.token_hex(2)}", slot, model, started_at=utc(now),
@@ -2431,26 +2534,27 @@ class SwapManager:
         if model is None or swap.dry_run:
             swap = dataclasses.replace(swap, rollback=False)
         check_swap(swap)
-        with self._lock:
-            running = self._running
-            if running and (not running.rollback_of or self._waiting or swap.dry_run):
-                busy = self._waiting or running
-                raise Refused(409, "swap_running", f"a swap to {busy.model or 'nothing'} is running on {busy.slot} ({busy.phase})",
-                              swap=busy.id, model=busy.model, phase=busy.phase, eta_seconds=busy.eta_seconds)
-            authorise()
-            if running:
-                self._waiting = swap
-                self._cancel.set()
-            else:
-                self._running = swap
-                self._cancel.clear()
-            self._logs[swap.id] = SwapLog(os.path.join(self.dir, swap.id + ".log"))
-        try:
-            self._save()
-        except OSError as e:
+        with self._save_lock:                               # one start at a time, and no other save in between
             with self._lock:
-                self._running, self._waiting = (running, None) if running else (None, None)
-            raise Refused(503, "journal_unwritable", f"{self._journal} cannot be written: {e.strerror}") from None
+                running = self._running
+                if running and (not running.rollback_of or running.slot != slot or self._waiting or swap.dry_run):
+                    busy = self._waiting or running
+                    raise Refused(409, "swap_running", f"a swap to {busy.model or 'nothing'} is running on {busy.slot} ({busy.phase})",
+                                  swap=busy.id, model=busy.model, phase=busy.phase, eta_seconds=busy.eta_seconds)
+                doc = self._doc_locked(**{"waiting" if running else "running": swap})
+            try:
+                write_atomic(self._journal, to_json(doc))
+            except OSError as e:
+                raise Refused(503, "journal_unwritable", f"{self._journal} cannot be written: {e.strerror}") from None
+            swap_log = SwapLog(os.path.join(self.dir, swap.id + ".log"))
+            with self._lock:
+                self._logs[swap.id] = swap_log
+                if self._running:                           # the rollback, unless it ended meanwhile
+                    self._waiting = swap
+                    self._cancel.set()
+                else:
+                    self._running = swap
+                    self._cancel.clear()
         self._events("swap_started" if not swap.dry_run else "dry_run", f"{swap.client or 'someone'} asked for {model or 'nothing'} on {slot}",
                      swap=swap.id, slot=slot, model=model)
         with self._lock:
@@ -2487,10 +2591,17 @@ class SwapManager:
             with contextlib.suppress(OSError):
                 os.replace(self._journal, f"{self._journal}.bad-{int(time.time())}")
             running, waiting, plans = None, None, {}
-        recent = []
+        recent, kept = [], set(filter(None, (getattr(s, "id", "") for s in (running, waiting))))
         for name in sorted(n for n in os.listdir(self.dir) if n.endswith(".json"))[-2 * self.KEEP:]:
-            with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):
+            try:
                 recent.append(Swap.from_journal(read_state(os.path.join(self.dir, name), warn)))
+                kept.add(recent[-1].id)
+            except (TypeError, KeyError, ValueError, AttributeError):
+                warn(f"swaps/{name} is of another shape and is left out")
+        for name in os.listdir(self.dir):                   # what a crash or a dry run left
+            if name.startswith(".tmp-") or name.endswith(".log") and name.split(".")[0] not in kept:
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(self.dir, name))
         with self._lock:
             self._running, self._waiting, self._plans = running, waiting, plans
             self._recent = sorted((s for s in recent if not running or s.id != running.id), key=lambda s: s.ended_at or "", reverse=True)[:self.KEEP]
@@ -2498,16 +2609,20 @@ class SwapManager:
                 self._logs[s.id] = SwapLog(os.path.join(self.dir, s.id + ".log"))
             if running and (running.cancelling or waiting):
                 self._cancel.set()
-        if running and not running.dry_run and running.phase not in ("queued", "checking"):
+        if running and running.holds:
             self.gate.hold(running.slot)
+
+    def _doc_locked(self, **instead):
+        """The journal's content; instead: swaps that are about to take the place of what is there."""
+        swaps = {"running": self._running, "waiting": self._waiting, **instead}
+        return {**{k: v and v.journal() for k, v in swaps.items()}, "slots": {slot: dataclasses.asdict(p) for slot, p in self._plans.items()}}
 
     def _save(self):
         """Write the journal. Raises OSError."""
         with self._save_lock:
             with self._lock:
-                doc = {"running": self._running and self._running.journal(), "waiting": self._waiting and self._waiting.journal(),
-                       "slots": {slot: dataclasses.asdict(p) for slot, p in self._plans.items()}}
-            write_atomic(self._journal, json.dumps(doc).encode())
+                doc = self._doc_locked()
+            write_atomic(self._journal, to_json(doc))
 
     def _save_quietly(self):
         try:
@@ -2530,6 +2645,13 @@ class SwapManager:
             self._running = s = advance(self._running, phase, time.time(), **facts)
             for slot in forget:
                 self._plans.pop(slot, None)
+        if phase == "stopping":                             # from here on a restart must know what was going on
+            try:
+                self._save()
+            except OSError as e:
+                with self._lock:
+                    self._running = dataclasses.replace(self._running, touched=False)
+                raise Failed("journal_unwritable", f"{self._journal} cannot be written: {e.strerror}", "free space on sparkctl's disk") from None
         self._save_quietly()
         self._hub.bump()
         self.log_of(s.id).add(f"-- {phase}")
@@ -2596,13 +2718,15 @@ class SwapManager:
         """Clean up after a failed or cancelled swap, close it, and begin the rollback if one is due."""
         s = self.running()
         run.close()
-        restored = run.clean_up(s) if s.touched else None
-        if restored:
-            run.log.add(f"-- {restored.model} still serves")
+        left = run.clean_up(s) if s.touched else None
+        serves = left is not None and left == s.previous
+        if serves:
+            run.log.add(f"-- {left.model} still serves")
         elif s.touched and s.rollback and not s.previous:
             run.log.add("-- nothing to roll back to: what served before was not started from here")
-        self._conclude(s.ending["phase"], plans={s.slot: restored} if s.touched else None,
-                       rollback=s.touched and s.rollback and s.previous is not None and not restored,
+        # a swap that took a rollback's place and touched nothing owes that rollback still
+        self._conclude(s.ending["phase"], plans={s.slot: left} if s.touched else None,
+                       rollback=s.previous is not None and not serves and (s.rollback or not s.touched),
                        error=s.ending.get("error"), cancelling=False, ending=None)
 
     def _conclude(self, phase, plans=None, rollback=False, **facts):
@@ -2616,7 +2740,8 @@ class SwapManager:
             s = advance(self._running, phase, now, **facts)
         self.log_of(s.id).add(f"-- {phase}" + (f": {s.error['message']}" if s.error else ""))
         try:
-            write_atomic(os.path.join(self.dir, s.id + ".json"), json.dumps(s.journal()).encode())
+            if not s.dry_run:
+                write_atomic(os.path.join(self.dir, s.id + ".json"), to_json(s.journal()))
         except OSError as e:
             log(f"swap {s.id} cannot be kept: {e.strerror}")
         with self._lock:
@@ -2625,7 +2750,8 @@ class SwapManager:
                 if plan:
                     self._plans[slot] = plan
             self._recent.insert(0, s)
-            old, self._recent = self._recent[self.KEEP:], self._recent[:self.KEEP]
+            old = [o for o in self._recent if not o.dry_run][self.KEEP:] + [o for o in self._recent if o.dry_run][self.KEEP_DRY:]
+            self._recent = [o for o in self._recent if o not in old]
             following, self._waiting = self._waiting, None
             if following and s.rollback_of:     # it gave way: what it would have brought back is still what to go back to
                 following = dataclasses.replace(following, previous=s.plan)
@@ -2638,7 +2764,7 @@ class SwapManager:
             self._cancel.clear()
             self._logs.pop(s.id, None)
         self._save_quietly()
-        if not following:
+        if not (following and following.slot == s.slot and (rollback or following.rollback_of or s.rollback_of)):
             self.gate.release(s.slot)
         for o in old:
             for suffix in (".json", ".log", ".engine.log"):
@@ -2667,9 +2793,10 @@ class Events:
         for name in (path + ".1", path):
             with contextlib.suppress(OSError), open(name, encoding="utf-8", errors="replace") as f:
                 for line in f:
-                    with contextlib.suppress(ValueError):   # a torn last line
-                        if isinstance(got := json.loads(line), dict) and "n" in got:
-                            self._list.append(got)
+                    with contextlib.suppress(ValueError, RecursionError):       # a torn last line
+                        got = json.loads(line)
+                        if isinstance(got, dict) and isinstance(got.get("n"), int) and all(isinstance(got.get(k), str) for k in ("at", "kind", "text")):
+                            self._list.append({**got, "text": printable(got["text"], 500)})
         self._n = max((e["n"] for e in self._list), default=0)     # guarded by _lock
 
     def add(self, kind, text_, **facts):
@@ -2681,7 +2808,7 @@ class Events:
                 if os.path.exists(self._path) and os.path.getsize(self._path) > self.ROTATE:
                     os.replace(self._path, self._path + ".1")
                 with open(self._path, "a", encoding="utf-8") as f:
-                    f.write(json.dumps(event, ensure_ascii=False) + "\n")
+                    f.write(json.dumps(event) + "\n")
         log(f"event {kind}: {text_}")
         self._hub.bump()
 
@@ -2787,11 +2914,10 @@ class Monitor:
             got = self._hosts.run(name, "awk '/^Mem(Total|Available):/ {print $1, $2}' /proc/meminfo 2>/dev/null; exit 0", 15)
             if got.kind == "ok":
                 facts, failures = parse_facts(got.out), 0
+                view = SparkView("ok", "answers; memory unknown", "", utc())
                 with contextlib.suppress(IndexError, ValueError):
                     total, available = (round(int(facts[k][0].split()[0]) / (1 << 20), 1) for k in ("MemTotal", "MemAvailable"))
                     view = SparkView("ok", "", "", utc(), {"total_gb": total, "available_gb": available})
-                if not facts["MemTotal"]:
-                    view = SparkView("ok", "answers; memory unknown", "", utc())
             else:
                 failures += 1
                 last = got.err.strip().splitlines()[-1:] or [""]
@@ -2822,6 +2948,9 @@ PROXIED = frozenset(("/v1/chat/completions", "/v1/completions"))
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
                         "te", "trailer", "transfer-encoding", "upgrade"))
 CONNECT_S, FIRST_BYTE_S = 3.0, 600.0
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]{{1,8000}}) HTTP/1\.([01])".encode())
+FIELD = re.compile(rf"({TOKEN}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*".encode())
 
 
 def route_model(name, config, views, running):
@@ -2834,6 +2963,8 @@ def route_model(name, config, views, running):
         raise Refused(503, "no_slots", "no Spark is configured; set SPARK1_HOST")
     if name is None:
         return slots.get("main") or next(iter(slots.values()))
+    if len(name) > 300:
+        raise Refused(404, "model_not_found", "no model has so long a name")
     wait = {"Retry-After": str(math.ceil(running.eta_seconds or 30))} if running else {}
     if running and running.slot in slots:
         target = running.plan.served_names if running.plan else ()
@@ -2852,24 +2983,80 @@ def route_model(name, config, views, running):
                   available=sorted({i for ids in views.values() for i in ids}), nearest=nearest(name, config.models))
 
 
-def forwarded_head(method, target, headers, endpoint, length):
-    """The head for the engine. headers: [(name, value)] of the client. Its keys are ours to check, not to pass on."""
-    named = {n.strip().lower() for k, v in headers if k.lower() == "connection" for n in v.split(",")}
+def forwarded_head(request, endpoint):
+    """The head for the engine, in the client's own HTTP version. Its keys are ours to check, not to pass on."""
+    named = {n.strip().lower() for k, v in request.fields if k.lower() == "connection" for n in v.split(",")}
     drop = HOP_BY_HOP | named | {"host", "authorization", "x-api-key", "content-length", "expect", "cookie"}
-    lines = [f"{method} {target} HTTP/1.1", f"Host: {endpoint.url[7:]}", "Connection: close"]
-    lines += [f"{k}: {v}" for k, v in headers if k.lower() not in drop]
+    lines = [f"{request.method} {request.target} HTTP/1.{request.minor}", f"Host: {endpoint.url[7:]}", "Connection: close"]
+    lines += [f"{k}: {v}" for k, v in request.fields if k.lower() not in drop]
     lines += [f"Authorization: Bearer {endpoint.key}"] if endpoint.key else []
-    lines += [f"Content-Length: {length}"] if length is not None else []
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+    return ("\r\n".join([*lines, f"Content-Length: {len(request.body)}"]) + "\r\n\r\n").encode("latin-1")
 
 
 def parse_reply_head(head):
-    """b'HTTP/1.1 200 OK...' without the blank line -> (status, reason, [(name, value)]). Raises ValueError."""
-    first, *rest = head.decode("latin-1").split("\r\n")
-    m = re.fullmatch(r"HTTP/1\.[01] (\d{3})(?: (.*))?", first)
-    if not m:
-        raise ValueError("not an HTTP reply")
-    return int(m[1]), m[2] or "", [(k.strip(), v.strip()) for k, _, v in (line.partition(":") for line in rest)]
+    """b'HTTP/1.1 200 OK...' without the blank line -> (status, [(name, value)], length or None, chunked). Raises ValueError.
+
+    As strict as parse_head: an engine must not be able to put words into our mouth.
+    """
+    first, *rest = head.split(b"\r\n")
+    m, fields = re.fullmatch(rb"HTTP/1\.[01] ([2-5]\d\d)(?: [^\r\n]*)?", first), []
+    for line in rest:
+        f = FIELD.fullmatch(line)
+        if not f or b"\n" in line or b"\r" in line:
+            raise ValueError("malformed header field")
+        fields.append((f[1].decode(), f[2].decode("latin-1")))
+    lengths = {v for k, v in fields if k.lower() == "content-length"}
+    coding = [v.lower() for k, v in fields if k.lower() == "transfer-encoding"]
+    if not m or b"\n" in first or len(lengths) > 1 or coding not in ([], ["chunked"]) or lengths and coding \
+            or not all(re.fullmatch(r"[0-9]{1,15}", v) for v in lengths):
+        raise ValueError("malformed or ambiguous reply")
+    status = int(m[1])
+    length = 0 if status in (204, 304) else int(next(iter(lengths))) if lengths else None
+    return status, fields, length, bool(coding)
+
+
+class BodyEnd:
+    """Finds where a body ends while its bytes pass through: by length, by chunks, or at the connection's end."""
+
+    def __init__(self, length, chunked):
+        self.left = length              # bytes still to come of the body or of the running chunk; None: not known
+        self.chunked, self.line, self.data = chunked, b"", None
+        self.done = length == 0 and not chunked
+        if chunked:
+            self.left = 0
+
+    def take(self, data):
+        """The part of data that belongs to the body, framing included. Raises ValueError for a malformed chunk."""
+        if not self.chunked:
+            if self.left is None:
+                return data
+            data = data[:self.left]
+            self.left -= len(data)
+            self.done = not self.left
+            return data
+        at = 0
+        while at < len(data) and not self.done:
+            if self.left:               # inside a chunk and the CR LF after it
+                step = min(self.left, len(data) - at)
+                if self.data is not None:
+                    self.data += data[at:at + step]
+                self.left -= step
+                at += step
+                continue
+            end = data.find(b"\n", at)
+            self.line += data[at:end + 1 if end >= 0 else len(data)]
+            at = end + 1 if end >= 0 else len(data)
+            if len(self.line) > 1024:
+                raise ValueError("a chunk size too long")
+            if end >= 0:
+                line, self.line = self.line, b""
+                if self.left is None:   # trailer lines, up to the blank one
+                    self.done = line == b"\r\n"
+                elif m := re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", line):
+                    self.left = int(m[1], 16) + 2 if int(m[1], 16) else None
+                else:
+                    raise ValueError("a malformed chunk size")
+        return data[:at]
 
 
 class ClientGone(Exception):
@@ -2898,21 +3085,24 @@ def recv_watching(upstream, client, timeout_s):
                 poll.modify(client, select.POLLRDHUP)
 
 
-def _error_body(upstream, client, rest, length):
-    """An engine's error reply, passed on if it is OpenAI-shaped JSON, else one of ours."""
-    with contextlib.suppress(OSError, TimeoutError):
-        while len(rest) < min(1 << 20, length if length is not None else 1 << 20):
+def _error_reply(upstream, client, status, fields, rest, end):
+    """An engine's error: passed on if it is OpenAI-shaped JSON, else one of ours. -> (body, further header lines)"""
+    end.data = bytearray() if end.chunked else None
+    got = end.take(rest)
+    with contextlib.suppress(OSError, ValueError):
+        while not end.done and len(got) < 1 << 20:
             chunk = recv_watching(upstream, client, 5)
             if not chunk:
                 break
-            rest += chunk
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        if isinstance(json.loads(rest)["error"], dict):
-            return rest
-    return json.dumps(Refused(502, "engine_error", "the engine answered with an error").body()).encode()
+            got += end.take(chunk)
+    lines = [f"{k}: {v}" for k, v in fields if k.lower() == "retry-after"]
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        if isinstance(json.loads(end.data.replace(b"\r\n", b"") if end.chunked else got)["error"], dict):
+            return (bytes(end.data).removesuffix(b"\r\n") if end.chunked else got), lines
+    return to_json(Refused(status, "engine_error", "the engine answered with an error").body()), lines
 
 
-def relay(client, endpoint, head, body, extra):
+def relay(client, endpoint, request, extra):
     """Send one request to the engine and its reply to the client as it comes -> (status, bytes, keep the client?).
 
     extra: header lines of ours. Raises Refused 502/504 while nothing was sent to the client; ClientGone.
@@ -2925,45 +3115,45 @@ def relay(client, endpoint, head, body, extra):
         upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             upstream.settimeout(60)
-            upstream.sendall(head + body)
+            upstream.sendall(forwarded_head(request, endpoint) + request.body)
             got = b""
             while b"\r\n\r\n" not in got:
                 chunk = recv_watching(upstream, client, FIRST_BYTE_S)
                 if not chunk or len(got) > 65536:
                     raise ValueError("no reply")
                 got += chunk
-                if got.startswith(b"HTTP/1.1 100") and b"\r\n\r\n" in got:
+                while got.startswith(b"HTTP/1.1 1") and b"\r\n\r\n" in got:
                     got = got.partition(b"\r\n\r\n")[2]
-            reply_head, _, rest = got.partition(b"\r\n\r\n")
-            status, reason, headers = parse_reply_head(reply_head)
+            head, _, rest = got.partition(b"\r\n\r\n")
+            status, fields, length, chunked = parse_reply_head(head)
+            end = BodyEnd(length, chunked)
+            drop = HOP_BY_HOP | {"content-length", "set-cookie", "x-request-id", "strict-transport-security", "content-security-policy"}
+            lines = [f"{k}: {v}" for k, v in fields if k.lower() not in drop]
+            if status >= 400:
+                body, more = _error_reply(upstream, client, status, fields, rest, end)
+                lines, end, rest = ["Content-Type: application/json", *more], BodyEnd(len(body), False), body
+                length, chunked = len(body), False
+            rest = end.take(rest)
         except TimeoutError:
             raise Refused(504, "engine_timeout", "the engine did not begin to answer in time") from None
         except (OSError, ValueError):
             raise Refused(502, "engine_failed", "the engine ended the request without an answer") from None
-        length = next((int(v) for k, v in headers if k.lower() == "content-length" and v.isdigit()), None)
-        chunked = any(k.lower() == "transfer-encoding" and "chunked" in v.lower() for k, v in headers)
-        if status >= 400:
-            rest = _error_body(upstream, client, rest, length)
-            headers, length, chunked = [("Content-Type", "application/json")], len(rest), False
-        framed = chunked or length is not None or status in (204, 304)
-        lines = [f"HTTP/1.1 {status} {reason}", *(f"{k}: {v}" for k, v in headers if k.lower() not in HOP_BY_HOP | {"content-length"} and k), *extra]
-        lines += ["Transfer-Encoding: chunked"] if chunked else [f"Content-Length: {length}"] if length is not None else []
-        lines += [] if framed else ["Connection: close"]
-        sent, tail = 0, b""
+        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Reply')}", *lines, *extra]
+        lines += ["Transfer-Encoding: chunked"] if chunked else [f"Content-Length: {length}"] if length is not None and status != 204 else []
+        lines += [] if chunked or length is not None else ["Connection: close"]
+        sent = len(rest)
         try:
-            data = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + rest
-            sent, tail = len(rest), rest[-7:]
-            client.sendall(data)
-            while not (chunked and tail.endswith(b"\r\n0\r\n\r\n") or length is not None and sent >= length or status in (204, 304)):
+            client.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + rest)
+            while not end.done:
                 chunk = recv_watching(upstream, client, FIRST_BYTE_S)
                 if not chunk:
-                    break
+                    break                       # cut short: passed on cut short, and the client's framing shows it
+                chunk = end.take(chunk)
                 client.sendall(chunk)
-                sent, tail = sent + len(chunk), (tail + chunk)[-7:]
-        except OSError:
-            raise ClientGone() from None        # TimeoutError too: an engine silent for so long, or a client that does not read
-        whole = chunked and tail.endswith(b"0\r\n\r\n") or length is not None and sent >= length or status in (204, 304)
-        return status, sent, bool(whole)        # a reply cut short is passed on cut short: the client's framing shows it
+                sent += len(chunk)
+        except (OSError, ValueError):
+            raise ClientGone() from None        # a client that does not read, an engine silent for so long, a malformed chunk
+        return status, sent, end.done
 
 
 # === 12 http ==================================================================
@@ -2973,9 +3163,6 @@ def relay(client, endpoint, head, body, extra):
 
 HEAD_MAX, FIELDS_MAX, CONNECTIONS_MAX = 32 << 10, 100, 512
 HEAD_S, BODY_S, IDLE_S, SEND_S = 10.0, 60.0, 75.0, 60.0
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]{{1,8000}}) HTTP/1\.([01])".encode())
-FIELD = re.compile(rf"({TOKEN}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*".encode())
 
 
 class Request:
@@ -2983,13 +3170,13 @@ class Request:
 
     def __init__(self, method, target, minor, fields):
         self.method, self.target, self.minor, self.fields = method, target, minor, fields   # fields: [(name, value)]
-        parts = urllib.parse.urlsplit(target)
-        self.path, self.raw_query = parts.path, parts.query
+        self.path, _, self.raw_query = target.partition("?")
         self.headers = {}
         for k, v in fields:
             self.headers.setdefault(k.lower(), v)
         self.id = secrets.token_hex(8)
         self.client, self.body, self.query, self.args, self.json = "", b"", {}, {}, {}
+        self.gone = lambda: False       # whether the client has hung up
 
     @property
     def close(self):
@@ -3005,7 +3192,7 @@ def parse_head(head):
     """
     lines = head.split(b"\r\n")
     m = REQUEST_LINE.fullmatch(lines[0])
-    if not m or not m[2].startswith(b"/") or b"\n" in head.replace(b"\r\n", b"") or b"\r" in head.replace(b"\r\n", b""):
+    if not m or not m[2].startswith(b"/") or b"#" in m[2] or b"\n" in head.replace(b"\r\n", b"") or b"\r" in head.replace(b"\r\n", b""):
         raise Refused(400, "bad_request", "malformed request line or header")
     if len(lines) > FIELDS_MAX:
         raise Refused(431, "too_many_headers", f"more than {FIELDS_MAX} header fields")
@@ -3031,8 +3218,7 @@ def host_allowed(host, allowed):
     Against DNS rebinding: a hostile page's own name may resolve to us, but it is none of these.
     """
     name = re.sub(r":\d+$", "", host.strip().lower())
-    if name.startswith("["):
-        name = name[1:].partition("]")[0]
+    name = name[1:-1] if re.fullmatch(r"\[[0-9a-f:.]+\]", name) else name
     try:
         ipaddress.ip_address(name)
         return True
@@ -3048,7 +3234,7 @@ def guard(request, settings, is_open):
         raise Refused(421, "host_refused", "this Host name is not ours; add it to SPARKCTL_ALLOWED_HOSTS")
     if request.method not in ("GET", "HEAD", "OPTIONS"):
         site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
-        same = origin is not None and urllib.parse.urlsplit(origin).netloc.lower() == request.headers.get("host", "").lower()
+        same = origin is not None and origin.partition("://")[2].lower() == request.headers.get("host", "").lower()
         if site not in (None, "same-origin", "none") or origin is not None and not same:
             raise Refused(403, "origin_refused", "a page of another origin may not do this")
     key = settings["SPARKCTL_API_KEY"]
@@ -3104,7 +3290,7 @@ def checked(given, fields, where):
 
 def line_of(most):
     def parse(value):
-        if not isinstance(value, str) or not 0 < len(value) <= most or any(ord(c) < 32 for c in value):
+        if not isinstance(value, str) or not 0 < len(value) <= most or printable(value, most) != value:
             raise ValueError(f"must be text of 1 to {most} characters on one line")
         return value
     return parse
@@ -3187,7 +3373,7 @@ class App:
             state = {"serving": "serving", "silent": "empty", "loading": "wedged"}.get(view.probe.state, "unknown")
             if self.monitor.spark(slot.hosts[0]).state == "unreachable" and state == "empty":
                 state = "unknown"
-            if running and running.slot == slot.name and running.phase not in ("queued", "checking"):
+            if running and running.slot == slot.name and running.holds:
                 state = "swapping"
             yield {"name": slot.name, "state": state, "model": model.key if model else None, "served_id": served, "since": view.since,
                    "url": Endpoint(self.hosts.address(slot.hosts[0]), slot.port).url, "hosts": list(slot.hosts), "port": slot.port,
@@ -3213,9 +3399,14 @@ class App:
                 "swap": running.public() if running else None, "last": next((s.public() for s in recent if not s.dry_run), None),
                 "lock": {"locked": False}, "schedules": [], "jobs": [], "events": self.events.since(0, 50), "settings": config.settings.public()}
 
-    def poll(self, predicate, wait_s):
-        """Park until predicate() or wait_s is over or we stop."""
-        return self.hub.wait_for(lambda: predicate() or self.closing.is_set(), wait_s)
+    def poll(self, r, predicate, wait_s):
+        """Park until predicate() or wait_s is over or we stop. Raises ClientGone if the client of r hangs up meanwhile."""
+        deadline = time.monotonic() + wait_s
+        while not self.hub.wait_for(lambda: predicate() or self.closing.is_set(), max(0.0, min(2.0, deadline - time.monotonic()))):
+            if r.gone():
+                raise ClientGone()
+            if time.monotonic() >= deadline:
+                return
 
 
 # --- handlers
@@ -3237,7 +3428,7 @@ def get_healthz(app, r):
 
 def get_state(app, r):
     if "since" in r.query:
-        app.poll(lambda: app.hub.version() != r.query["since"], r.query.get("wait", 0))
+        app.poll(r, lambda: app.hub.version() != r.query["since"], r.query.get("wait", 0))
     return 200, app.state()
 
 
@@ -3271,12 +3462,12 @@ def pick_slot(config, name):
 SWAP_STATUS = {"ready": 200, "planned": 200, "failed": 502, "cancelled": 409}
 
 
-def swap_reply(app, swap, wait_s):
+def swap_reply(app, r, swap, wait_s):
     """202 at once, or the end of the swap for whoever waits: 200, 502, 409, or 504 while it still runs."""
     location = {"Location": f"/api/swap/{swap.id}"}
     if wait_s is None:
         return 202, swap.public(), location
-    app.poll(lambda: app.swaps.get(swap.id).phase in TERMINAL, wait_s)
+    app.poll(r, lambda: app.swaps.get(swap.id).phase in TERMINAL, wait_s)
     swap = app.swaps.get(swap.id)
     status = SWAP_STATUS.get(swap.phase, 504)
     if swap.phase == "planned" and swap.error:
@@ -3301,12 +3492,12 @@ def post_swap(app, r):
                 last = next((s.public() for s in app.swaps.recent() if s.phase == "ready" and s.model == key and s.slot == slot.name), {})
                 return 200, {**last, "model": key, "slot": slot.name, "phase": "ready", "already_serving": True}
             raise Refused(409, "already_serving", f"{slot.name} serves {key} already; send restart: true to load it again", model=key, slot=slot.name)
-    return swap_reply(app, app.swaps.start(slot.name, key, client=r.client, **body), wait_s)
+    return swap_reply(app, r, app.swaps.start(slot.name, key, client=r.client, **body), wait_s)
 
 
 def post_unload(app, r):
     slot = pick_slot(app.store.current, r.json.get("slot"))
-    return swap_reply(app, app.swaps.start(slot.name, None, client=r.client, note=r.json.get("note", "")), r.query.get("wait"))
+    return swap_reply(app, r, app.swaps.start(slot.name, None, client=r.client, note=r.json.get("note", "")), r.query.get("wait"))
 
 
 def get_swaps(app, r):
@@ -3319,7 +3510,7 @@ def get_swap(app, r):
     since = r.query.get("since")
     over = lambda s: s.phase in TERMINAL or since is not None and s.seq > since
     if not over(swap):
-        app.poll(lambda: over(app.swaps.get(swap.id)), wait_s)
+        app.poll(r, lambda: over(app.swaps.get(swap.id)), wait_s)
     return 200, app.swaps.get(swap.id).public()
 
 
@@ -3339,7 +3530,7 @@ def stream_swap(app, r):
         swap_log, n = app.swaps.log_of(swap.id), list(seen)
 
         def event(name, data, mark=""):
-            send(f"event: {name}\nid: {n[0]}.{n[1]}.{n[2]}{mark}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode())
+            send(f"event: {name}\nid: {n[0]}.{n[1]}.{n[2]}{mark}\ndata: ".encode() + to_json(data) + b"\n\n")
         send(b"retry: 1000\n\n")
         while True:
             s = app.swaps.get(swap.id)          # before the lines: at the end none is missed
@@ -3438,7 +3629,7 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True              # else every reply waits 40 ms for the client's delayed ACK
 
     def handle(self):
-        self.buffer, self.close_connection = b"", False
+        self.buffer, self.close_connection, self.answered = bytearray(), False, 0
         with contextlib.suppress(OSError, ClientGone):
             while not self.close_connection:
                 self.one_request()
@@ -3455,7 +3646,7 @@ class Handler(BaseHTTPRequestHandler):
             busy = True
             request, length = parse_head(head)
             self.close_connection = request.close
-            request.client = self.client_address[0]
+            request.client, request.gone = self.client_address[0], self.client_gone
             status, size = self.answer(request, length)
         except Refused as e:
             if e.status in (400, 413, 431, 408):
@@ -3487,12 +3678,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def read_head(self):
         """Bytes of the next head, or None when the client is done. Raises Refused 408, 431; a slow sender has HEAD_S."""
-        deadline, start = time.monotonic() + IDLE_S, not self.buffer
+        deadline, start = time.monotonic() + (IDLE_S if self.answered else HEAD_S), True
+        self.answered += 1
         while True:
-            self.buffer = self.buffer.lstrip(b"\r\n") if start else self.buffer
+            if start:
+                self.buffer = self.buffer.lstrip(b"\r\n")
             end = self.buffer.find(b"\r\n\r\n")
             if 0 <= end <= HEAD_MAX:
-                head, self.buffer = self.buffer[:end], self.buffer[end + 4:]
+                head = bytes(self.buffer[:end])
+                del self.buffer[:end + 4]
                 return head
             if len(self.buffer) > HEAD_MAX:
                 raise Refused(431, "header_too_large", f"the header is larger than {HEAD_MAX} bytes")
@@ -3517,39 +3711,44 @@ class Handler(BaseHTTPRequestHandler):
         deadline = time.monotonic() + BODY_S
 
         def more(count):
-            parts, have = [self.buffer], len(self.buffer)
-            while have < count:
+            while len(self.buffer) < count:
                 try:
                     chunk = self.receive(deadline)
                 except TimeoutError:
                     raise Refused(408, "too_slow", f"the body was not complete within {BODY_S:g} s") from None
                 if not chunk:
                     raise ClientGone()
-                parts.append(chunk)
-                have += len(chunk)
-            whole_ = b"".join(parts)
-            self.buffer = whole_[count:]
-            return whole_[:count]
+                self.buffer += chunk
+
+        def cut(count):
+            more(count)
+            got = bytes(self.buffer[:count])
+            del self.buffer[:count]
+            return got
         if length >= 0:
-            return more(length)
-        body = []
+            return cut(length)
+        body = bytearray()
         while True:                             # chunked: size in hex, data, CR LF; a zero size ends it
-            line = b""
-            while not line.endswith(b"\r\n"):
-                line += more(1)
-                if len(line) > 18:
-                    raise Refused(400, "bad_request", "malformed chunk")
-            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}\r\n", line):
-                raise Refused(400, "bad_request", "malformed chunk size")
+            while (end := self.buffer.find(b"\n", 0, 20)) < 0 and len(self.buffer) < 20:
+                more(len(self.buffer) + 1)
+            line = cut(end + 1)
+            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}\r\n", line) or time.monotonic() > deadline:
+                raise Refused(400, "bad_request", "malformed chunk size, or chunks without end")
             size = int(line, 16)
-            if sum(map(len, body)) + size > most:
+            if len(body) + size > most:
                 raise Refused(413, "body_too_large", f"the body is larger than {most >> 20} MiB (MAX_BODY_MB)")
-            data = more(size + 2)
-            if data[size:] != b"\r\n":
+            body += cut(size + 2)
+            if body[-2:] != b"\r\n":
                 raise Refused(400, "bad_request", "malformed chunk")    # trailers are refused with it
+            del body[-2:]
             if not size:
-                return b"".join(body)
-            body.append(data[:size])
+                return bytes(body)
+
+    def client_gone(self):
+        """Whether the client hung up; what it sends ahead stays unread."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     # --- answering
 
@@ -3566,7 +3765,10 @@ class Handler(BaseHTTPRequestHandler):
         request.body = self.read_body(request, length, settings["MAX_BODY_MB"] << 20)
         if proxied:
             return self.proxy(app, request)
-        pairs = urllib.parse.parse_qsl(request.raw_query, keep_blank_values=True, max_num_fields=50)
+        try:
+            pairs = urllib.parse.parse_qsl(request.raw_query, keep_blank_values=True, max_num_fields=50)
+        except ValueError:
+            raise Refused(400, "bad_request", "too many query fields") from None
         request.query = checked(dict(pairs), route.query, "the query")
         if route.body is not None:
             request.json = checked(parse_json(request.body), route.body, "the body")
@@ -3582,7 +3784,7 @@ class Handler(BaseHTTPRequestHandler):
         streams = isinstance(content, Stream)
         if streams:
             headers["Content-Type"], self.close_connection = content.content_type, True
-        body = b"" if streams else content if isinstance(content, bytes) else json.dumps(content, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        body = b"" if streams else content if isinstance(content, bytes) else to_json(content) + b"\n"
         headers.setdefault("Content-Type", "application/json")
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Refused')}", *(f"{k}: {v}" for k, v in headers.items()), *common]
         lines += [f"Content-Length: {len(body)}"] if not streams and status != 204 else []
@@ -3622,10 +3824,9 @@ class Handler(BaseHTTPRequestHandler):
                 if route_model(name, config, app.views(), None).name != slot.name:
                     continue
                 endpoint = Endpoint(app.hosts.address(slot.hosts[0]), slot.port, config.settings["VLLM_API_KEY"])
-                head = forwarded_head(request.method, request.target, request.fields, endpoint, len(request.body))
                 self.connection.settimeout(SEND_S)
-                status, size, whole_ = relay(self.connection, endpoint, head, request.body, [f"X-Request-Id: {request.id}"])
-                self.close_connection |= not whole_
+                status, size, complete = relay(self.connection, endpoint, request, [f"X-Request-Id: {request.id}"])
+                self.close_connection |= not complete
                 return status, size
             finally:
                 app.gate.leave(slot.name)
@@ -3649,7 +3850,7 @@ class Server(ThreadingHTTPServer):
         if not self._slots.acquire(blocking=False):
             with contextlib.suppress(OSError):
                 request.settimeout(1)
-                body = json.dumps(Refused(503, "too_many_connections", f"more than {CONNECTIONS_MAX} connections").body()).encode()
+                body = to_json(Refused(503, "too_many_connections", f"more than {CONNECTIONS_MAX} connections").body())
                 request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: application/json\r\n"
                                 b"Content-Length: %d\r\n\r\n" % len(body) + body)
             self.shutdown_request(request)
@@ -3888,7 +4089,19 @@ def serve(store, data_dir, allow_root, demo):
     if not loopback and not settings["SPARKCTL_API_KEY"]:
         warnings.append(f"anybody who reaches {settings['SPARKCTL_BIND']} may swap models: set SPARKCTL_API_KEY")
     sys.setswitchinterval(0.0005)               # a busy thread must not delay the relay of tokens
-    threading.stack_size(256 << 10)             # hundreds of parked connections at little memory
+    threading.stack_size(4 << 20)               # virtual memory; in 1 MiB the json of Python 3.13 dies of deep nesting
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):      # every connection may need one to the engine as well
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4096), hard) if hard != resource.RLIM_INFINITY else max(soft, 4096), hard))
+    try:
+        lock = open(os.path.join(data_dir, "lock"), "wb")       # open until we end
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        print(f"sparkctl: {data_dir}: " + ("another sparkctl uses this data directory" if e.errno == errno.EWOULDBLOCK else str(e.strerror)), file=sys.stderr)
+        return 2
+    for name in os.listdir(data_dir):           # what a crash left of an atomic write
+        if name.startswith(".tmp-"):
+            os.unlink(os.path.join(data_dir, name))
     try:
         app = App(store, data_dir, demo)
         server = Server((settings["SPARKCTL_BIND"], settings["SPARKCTL_PORT"]), app)

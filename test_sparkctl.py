@@ -188,7 +188,7 @@ def rig_env(rig, tmp_path, **more):
     (tmp_path / "models.yaml").write_text(CATALOG.replace("LOCAL", str(rig.local)))
     (tmp_path / "services.yaml").touch()
     return {"PATH": f"{rig.bin}:{os.environ['PATH']}", "SPARK1_HOST": "spark1", "SPARK2_HOST": "spark2", "VLLM_PORT": str(rig.port),
-            "LOCAL_MODEL_ROOTS": str(tmp_path), "POLL_SECONDS": "1", "SWAP_DRAIN_SECONDS": "5", "SWAP_STOP_TIMEOUT": "6",
+            "LOCAL_MODEL_ROOTS": str(tmp_path), "POLL_SECONDS": "1", "SWAP_DRAIN_SECONDS": "5", "SWAP_STOP_TIMEOUT": "12",
             "TMPDIR": "/tmp", **more}
 
 
@@ -681,7 +681,7 @@ def test_over_a_real_sshd_calls_are_multiplexed_and_failures_told_apart(sshd):
         assert hosts.run("spark2", "true", 10).kind == "unknown_host_key"       # first: a shared connection needs no key
         assert hosts.address("spark1") == "127.0.0.1"
         for i in range(5):
-            assert hosts.run("spark1", f"echo {i}; cat", 10, stdin=b"in").out == f"{i}\nin"
+            assert hosts.run("spark1", f"echo {i}", 10).out == f"{i}\n"
         assert (sshd.home / "sshd.log").read_text().count("Accepted publickey") == 1
         assert hosts.run("spark3", "true", 10).kind == "refused_login"
         [control] = os.listdir(hosts.control_dir)
@@ -696,7 +696,7 @@ def test_over_a_real_sshd_calls_are_multiplexed_and_failures_told_apart(sshd):
 
 
 def test_a_whole_swap_runs_over_a_real_sshd(rig, sshd, start, tmp_path):
-    env = rig_env(rig, tmp_path, SPARK1_HOST="my-spark", SPARK2_HOST="", PATH=sshd.path)
+    env = rig_env(rig, tmp_path, SPARK1_HOST="my-spark", SPARK2_HOST="", PATH=sshd.path, SWAP_STOP_TIMEOUT="60")
     p = start(env, args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
     rig.cluster("spark1", "spark1")
     got = p.swap("alpha")
@@ -1016,7 +1016,7 @@ def test_the_failures_of_a_pretended_ssh_are_told_apart_too(rig, monkeypatch):
     hosts = sc.Hosts([sc.Spark("spark1", "spark1"), sc.Spark("gone", "no-such-host"), sc.Spark("here", "local")])
     try:
         assert hosts.run("spark1", "echo hi; echo there >&2; exit 3", 10)[:3] == ("failed", 3, "hi\n")
-        assert hosts.run("spark1", "cat", 10, stdin=b"in").out == "in"
+        assert hosts.run("spark1", "echo in", 10).out == "in\n"
         assert hosts.run("gone", "true", 10).kind == "unreachable"
         assert hosts.run("here", "echo local", 10).out == "local\n"
         assert hosts.address("spark1") == "127.0.0.1" and hosts.address("here") == "127.0.0.1"
@@ -1063,6 +1063,9 @@ ROOTS = ("/models", "/home")
     ({"repo": "a/b", "aliases": ["sp ace"]}, "aliases", "sp ace"),
     ({"repo": "a/b", "size_gb": "big"}, "size_gb", "must be a number"),
     ({"repo": "a/b", "image": "x; id"}, "image", "container image"),
+    ({"repo": "a/b", "size_gb": int("9" * 400)}, "size_gb", "too large"),
+    ({"repo": "a/b", "knobs": {"k": 1 << 70}}, "knobs", "too large"),
+    ({"repo": "a/b", "args": ["\ud800"]}, "args", "surrogates"),
     ({"local_path": "models/x"}, "local_path", "absolute"),
     ({"local_path": "/models/../etc"}, "local_path", "normalised"),
     ({"local_path": "/models/a:b"}, "local_path", "colons"),
@@ -1149,6 +1152,14 @@ TWO = {"spark1": sc.Spark("spark1", "a"), "spark2": sc.Spark("spark2", "b")}
     ({"services": {"x": {"kind": "http"}}}, "services.x", "needs host and port"),
     ({"services": {"x": {"kind": "http", "url": "javascript:alert(1)"}}}, "services.x.url", "http://"),
     ({"nonsense": {}}, "nonsense", "not known here"),
+    ({"slots": {"a": {}, "b": {"hosts": ["spark2"], "port": 9}}}, "slots.b.container", "vllm_node is slot a's already"),
+    ({"slots": {"a": {}, "b": {"container": "x"}}}, "slots.b.port", "8888 is slot a's already"),
+    ({"backends": {"x": {"stop": "rm -rf /srv/{model}", "launch": "b"}}}, "backends.x.stop", "{model} is not known to this command"),
+    ({"backends": {"x": {"stop": "a", "launch": "b --since {since}"}}}, "backends.x.launch", "{since} is not known to this command"),
+    ({"services": {"x": {"kind": ["a"], "host": "spark1", "port": 80}}}, "services.x.kind", "must be one of"),
+    ({"services": {"x": {"kind": "nim", "host": "spark1", "port": 80, "health": 5}}}, "services.x", "must be a text"),
+    ({"slots": {"main": {"hosts": [{"a": "b"}]}}}, "slots.main.hosts", "is not configured"),
+    ({"slots": {"main": {"hosts": ["spark1"], 5: 1, "zz": 2}}}, "slots.main.5", "is not one of"),
 ])
 def test_a_bad_entry_of_the_services_file_is_reported_where_it_stands(doc, where, words):
     layout, problems = sc.parse_layout(doc, TWO, sc.parse_settings({}))
@@ -1249,7 +1260,7 @@ def test_every_hostile_value_survives_the_whole_way_through_ssh_gate_and_shells(
         for i, value in enumerate(hostile(60, seed=4)):
             command = f"OUT={sc.quote_arg(stubs / 'argv')} {sc.quote_arg(stubs / 'docker')} {sc.quote_arg(value)}"
             (stubs / "argv").unlink(missing_ok=True)
-            assert hosts.run("spark1", sc.gate_script(f"id-{i}", command), 10).kind == "ok"
+            assert hosts.run("spark1", sc.launch_once_script(f"id-{i}", command), 10).kind == "ok"
             assert (stubs / "argv").read_bytes().decode().split("\0")[:-1] == [value]
             assert not list(rig.root.glob("**/CANARY"))
     finally:
@@ -1276,7 +1287,7 @@ def test_a_secret_in_a_models_environment_is_not_shown():
 
 
 def test_a_gate_lets_one_launch_through_however_often_it_is_tried(stubs):
-    script = sc.gate_script("swap-1", "echo launched >>hits; echo said; exit 7")
+    script = sc.launch_once_script("swap-1", "echo launched >>hits; echo said; exit 7")
     run = lambda: subprocess.run(["sh", "-c", f"cd {stubs}; {script}"], env={"PATH": "/usr/bin:/bin", "HOME": str(stubs)}, capture_output=True, text=True, timeout=10)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         got = list(pool.map(lambda _: run(), range(8)))
@@ -1288,7 +1299,7 @@ def test_a_gate_whose_launcher_was_killed_does_not_wait_for_ever(stubs):
     folder = stubs / ".cache/sparkctl/swap-1"
     folder.mkdir(parents=True)
     (folder / "pid").write_text("999999999")
-    got = subprocess.run(["sh", "-c", sc.gate_script("swap-1", "echo never")], env={"PATH": "/usr/bin:/bin", "HOME": str(stubs)}, capture_output=True, text=True, timeout=20)
+    got = subprocess.run(["sh", "-c", sc.launch_once_script("swap-1", "echo never")], env={"PATH": "/usr/bin:/bin", "HOME": str(stubs)}, capture_output=True, text=True, timeout=20)
     assert got.returncode == 75 and "interrupted" in got.stdout
 
 
@@ -1385,7 +1396,7 @@ failed -> (end)
 cancelled -> (end)
 planned -> (end)
 """
-PLAN = sc.Plan("main", "m", ("m",), ("spark1",), 1, "c", "b", "launch", "launch", "", "")
+PLAN = sc.Plan("main", "m", ("m",), ("spark1",), 1, "c", "b", "launch", "launch", "stop", "", "")
 
 
 def test_the_transition_table_is_the_agreed_one():
