@@ -1821,7 +1821,7 @@ def evaluate_checks(model, slot, config, facts, used, probe, current):
         if there and not bad:
             add("docker", "ok", "answers")
     if head is not None:
-        ours = bool(head["engine"]) if cluster else current is not None
+        ours = bool(head["engine"] if cluster else current) or current is not None and bool(set(probe.served) & set(current.served_names))
         if probe.served or head["listening"]:
             who = f"{', '.join(probe.served[:2])}" if probe.served else "something"
             if ours:
@@ -2188,19 +2188,15 @@ class SwapRun:
         self.m._enter("launching", forget=(s.slot,))
 
     def places(self, s):
-        """What to stop: the slot as it is configured now, and where it was changed since, what was launched there."""
-        known = [p for p in (s.plan, s.previous, self.m.plan_of(s.slot)) if p]
-        if self.slot:
-            clean = dict(slot=s.slot, model="", served_names=(), hosts=self.slot.hosts, port=self.slot.port, container=self.slot.container, backend=self.slot.backend,
-                         launch="", shown="", stop=self.stop_command(self.m.plan_of(s.slot) or s.previous), logs="",
-                         alive="" if self.slot.backend == "launch-cluster" else
-                         fill(self.config.layout.backends[self.slot.backend].alive, {"container": quote_arg(self.slot.container), "port": quote_arg(self.slot.port)}))
-            yield Plan(**clean)
-        seen = {(self.slot.hosts[0], self.slot.port, self.slot.container, self.slot.backend)} if self.slot else set()
-        for p in known:
-            if (p.hosts[0], p.port, p.container, p.backend) not in seen and set(p.hosts) <= set(self.config.sparks):
-                seen.add((p.hosts[0], p.port, p.container, p.backend))
-                yield p
+        """What to stop, as Plans: where ours was launched, and the slot as it is configured now, if that was changed since."""
+        known = [p for p in (s.previous, self.m.plan_of(s.slot), s.plan) if p and set(p.hosts) <= set(self.config.sparks)]
+        if slot := self.slot:
+            alive = "" if slot.backend == "launch-cluster" else fill(
+                self.config.layout.backends[slot.backend].alive, {"container": quote_arg(slot.container), "port": quote_arg(slot.port)})
+            known.append(Plan(slot.name, "", (), slot.hosts, slot.port, slot.container, slot.backend, "", "",
+                              self.stop_command(self.m.plan_of(slot.name) or s.previous), "", alive))
+        # of several at the same place the last one: the slot itself, which visits all of its Sparks
+        return {(p.hosts[0], p.port, p.container, p.backend): p for p in known}.values()
 
     def stop_engines(self, s, needed, cancel):
         """Stop what runs in the slot and see that it is gone. Raises Failed if it is not; Sparks not needed may be down."""
@@ -2240,7 +2236,8 @@ class SwapRun:
 
     def save_engine_log(self, run, place):
         """Keep the last lines of the engine's log: they die with its container."""
-        got = run(place.hosts[0], f"docker logs -t --tail 5000 {quote_arg(place.container)} 2>&1 | tail -c 4000000", 10)
+        c = quote_arg(place.container)
+        got = run(place.hosts[0], f"docker inspect {c} >/dev/null 2>&1 && docker logs -t --tail 5000 {c} 2>&1 | tail -c 4000000", 10)
         if got.kind == "ok" and got.out.strip():
             with contextlib.suppress(OSError):
                 write_atomic(os.path.join(self.m.dir, self.id + ".engine.log"), got.out.encode())

@@ -292,6 +292,98 @@ def test_an_engine_error_passes_through_and_a_dead_engine_gets_a_neutral_one(two
     assert "127.0.0.1" not in got.json["error"]["message"] and "Error" not in got.json["error"]["message"]
 
 
+@pytest.fixture
+def crooked(start, tmp_path):
+    """sparkctl before an engine that answers POSTs with whatever bytes are put into .answer."""
+    class Engine(threading.Thread):
+        def __init__(self):
+            super().__init__(daemon=True)
+            self.sock, self.answer = socket.create_server(("127.0.0.1", 0)), b""
+            self.port = self.sock.getsockname()[1]
+            self.start()
+
+        def run(self):
+            with contextlib.suppress(OSError):
+                while True:
+                    c, _ = self.sock.accept()
+                    with contextlib.suppress(OSError), c:
+                        asked = c.recv(65536)
+                        card = b'{"data": [{"id": "m"}]}'
+                        c.sendall(self.answer if asked.startswith(b"POST") else b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(card) + card)
+    engine = Engine()
+    (tmp_path / "m.yaml").write_text("models: {m: {repo: a/m}}")
+    p = start({"SPARK1_HOST": "local", "VLLM_PORT": str(engine.port)}, args=("--models", str(tmp_path / "m.yaml"), "--services", str(tmp_path / "none.yaml")))
+    p.engine = engine
+    until(lambda: serves(p)["state"] == "serving")
+    yield p
+    engine.sock.close()
+
+
+@pytest.mark.parametrize("answer,status,body,goes_on", [
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", 200, b"ok", True),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nEVIL", 200, b"ok", True),
+    (b"HTTP/1.1 204 No\r\n\r\nEVIL", 204, b"", True),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\nHTTP/1.1 200 EVIL", 200, b"ok", True),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\n\r\n0\r\n\r\n\r\n0\r\n\r\n", 200, b"\r\n0\r\n\r\n", True),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 200, b"", True),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;x=y\r\nok\r\n0\r\nTrail: er\r\n\r\n", 200, b"ok", True),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nok", 200, None, False),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\n\r\n", 200, None, False),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 502, None, True),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nok", 200, None, False),
+    (b"HTTP/1.0 200 OK\r\n\r\nto the end", 200, b"to the end", False),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\nok", 502, None, True),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok", 502, None, True),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\nok", 502, None, True),
+    (b"HTTP/1.1 200 OK\r\nX: 1\nSet-Cookie: a=b\r\nContent-Length: 2\r\n\r\nok", 502, None, True),
+    (b"HTTP/1.1 101 Switching\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", 200, b"ok", True),
+    (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", 200, b"ok", True),
+    (b"HTTP/1.1 000 X\r\nContent-Length: 2\r\n\r\nok", 502, None, True),
+    (b"nonsense", 502, None, True),
+    (b"", 502, None, True),
+    (b'HTTP/1.1 429 Slow\r\nRetry-After: 7\r\nContent-Length: 26\r\n\r\n{"error": {"message": "m"}}'.replace(b"26", b"27"), 429, b'{"error": {"message": "m"}}', True),
+    (b'HTTP/1.1 400 No\r\nTransfer-Encoding: chunked\r\n\r\n1b\r\n{"error": {"message": "m"}}\r\n0\r\n\r\n', 400, b'{"error": {"message": "m"}}', True),
+    (b"HTTP/1.1 500 Oops\r\nContent-Length: 9\r\n\r\nTraceback", 500, None, True),
+])
+def test_a_crooked_engine_cannot_confuse_the_clients_connection(crooked, answer, status, body, goes_on):
+    crooked.engine.answer = answer
+    asked = b'{"prompt": "x"}'
+    with socket.create_connection(("127.0.0.1", crooked.port), 5) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(asked) + asked)
+        reply = http.client.HTTPResponse(sock, method="POST")
+        reply.begin()
+        assert reply.status == status
+        if body is not None:
+            assert reply.read() == body
+        elif status == 200:
+            with pytest.raises(http.client.IncompleteRead):
+                reply.read()
+        else:
+            assert json.loads(reply.read())["error"]["code"] in ("engine_failed", "engine_error")
+        if b"Retry-After" in answer:
+            assert reply.headers["Retry-After"] == "7"
+        assert reply.headers["Set-Cookie"] is None
+        if goes_on:
+            sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert sock.recv(100).startswith(b"HTTP/1.1 200 OK")
+            assert b"EVIL" not in sock.recv(1000)
+        else:
+            with contextlib.suppress(ConnectionResetError):
+                assert sock.recv(100) == b""
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 7, 1000])
+def test_the_end_of_a_chunked_body_is_found_however_it_is_cut_up(cut):
+    rng = random.Random(cut)
+    for _ in range(200):
+        body = b"".join(b"%x\r\n%s\r\n" % (len(c), c) for c in (bytes(rng.choice(b"0\r\n;a") for _ in range(rng.randint(1, 30))) for _ in range(rng.randint(0, 5)))) + b"0\r\n\r\n"
+        end, got, data = sc.BodyEnd(None, True), b"", body + b"NEXT"
+        for i in range(0, len(data), cut):
+            if not end.done:
+                got += end.take(data[i:i + cut])
+        assert end.done and got == body
+
+
 # === 12 http ==================================================================
 
 @pytest.fixture
@@ -323,6 +415,14 @@ def test_with_nothing_configured_it_says_what_to_do(bare):
     ("POST", "/api/swap?wiat=1", {"model": "alpha"}, 422, "unknown_field", "did you mean wait?"),
     ("GET", "/api/state?wait=56", None, 422, "bad_field", "wait must be seconds from 0 to 55"),
     ("GET", "/api/swap/nope", None, 404, "unknown_swap", "no swap nope"),
+    ("POST", "/api/swap", {"model": "alpha", "note": "\ud800"}, 422, "bad_field", "note must be text"),
+    ("POST", "/api/swap", {"model": "\ud800"}, 422, "bad_field", "model must be text"),
+    ("POST", "/api/swap", {"\ud800": 1}, 422, "unknown_field", "has no field"),
+    ("POST", "/v1/completions", {"model": "\ud800"}, 404, "model_not_found", "does not exist"),
+    ("POST", "/v1/completions", {"model": "x" * 400}, 404, "model_not_found", "so long a name"),
+    ("GET", "//[", None, 404, "not_found", "no such path"),
+    ("GET", "//x/api/state", None, 404, "not_found", "no such path"),
+    ("GET", "/api/state?" + "&".join(f"a{i}=1" for i in range(60)), None, 400, "bad_request", "too many query fields"),
     ("DELETE", "/api/swap/nope", None, 404, "unknown_swap", "no swap nope"),
     ("PUT", "/api/swap", {}, 405, "method_not_allowed", "use GET, HEAD, POST"),
     ("GET", "/v1/chat/completions", None, 405, "method_not_allowed", "use POST"),
@@ -408,7 +508,7 @@ def test_head_is_get_without_the_body(bare):
 
 @pytest.mark.parametrize("host,ok", [
     ("localhost:9999", True), ("127.0.0.1", True), ("[::1]:9999", True), ("192.168.1.5:80", True), ("spark-ctl.local", True), ("named.example", True),
-    ("evil.example", False), ("localhost.evil.example", False), ("", False), ("x.local.evil.com", False), ("127.0.0.1.evil.com", False),
+    ("[::1]evil.example", False), ("[127.0.0.1]evil.com", False), ("evil.example", False), ("localhost.evil.example", False), ("", False), ("x.local.evil.com", False), ("127.0.0.1.evil.com", False),
 ])
 def test_only_our_own_names_are_answered_to(host, ok):
     assert sc.host_allowed(host, ("named.example",)) is ok
@@ -422,7 +522,7 @@ def test_a_refused_host_is_421_even_for_the_page(bare):
 @pytest.mark.parametrize("headers,status", [
     ({}, 404), ({"Sec-Fetch-Site": "same-origin"}, 404), ({"Sec-Fetch-Site": "none"}, 404),
     ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403),
-    ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost:1"}, 403),
+    ({"Origin": "http://["}, 403), ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost:1"}, 403),
     ({"Origin": "http://localhost:{port}"}, 404), ({"Origin": "http://localhost:{port}", "Sec-Fetch-Site": "cross-site"}, 403),
 ])
 def test_a_page_of_another_origin_may_not_write(bare, headers, status):
@@ -600,10 +700,30 @@ def test_root_on_an_open_address_is_refused_unless_told(tmp_path):
     assert got.returncode == 2 and "--allow-root" in got.stderr
 
 
+def test_a_second_program_on_the_same_data_directory_is_refused(bare):
+    got = run_once("--port", "0", "--data", str(bare.data))
+    assert got.returncode == 2 and "another sparkctl uses this data directory" in got.stderr
+
+
+def test_a_standard_error_that_cannot_be_written_stops_nothing(start, tmp_path):
+    p = start(args=("--demo",), wait=False)
+    p.kill()
+    p.process = subprocess.Popen([sys.executable, str(HERE / "sparkctl.py"), "--demo", "--port", "0"], stdout=subprocess.PIPE, stderr=open("/dev/full", "wb"))
+    p.port = int(re.search(r":(\d+)/", p.process.stdout.readline().decode())[1])
+    assert p.swap("tiny-chat").status == 200
+    assert p.kill(signal.SIGTERM) == 0
+
+
 def test_without_pyyaml_one_line_says_what_to_install(tmp_path):
     (tmp_path / "yaml.py").write_text("raise ImportError")
     got = run_once(env={"PYTHONPATH": str(tmp_path)})
     assert got.returncode == 1 and "apt-get install -y python3-yaml" in got.stderr and got.stderr.count("\n") == 1
+
+
+def test_what_a_crash_left_of_a_state_file_is_swept_at_the_next_start(bare):
+    (bare.data / ".tmp-abc").touch()
+    bare.restart()
+    assert not (bare.data / ".tmp-abc").exists()
 
 
 def test_sigterm_lets_a_reply_in_flight_end_and_leaves_the_engine_running(two):
@@ -1120,6 +1240,9 @@ def test_files_are_read_again_when_they_change_and_a_broken_one_keeps_what_was_g
     catalog.write_text("models: {one: {repo: [")
     warning = until(lambda: [w for w in p.get("/api/state").json["warnings"] if "m.yaml" in w])
     assert keys() == ["one", "two"] and "line 1" in warning[0] and "stays in force" in warning[0]
+    os.unlink(catalog)
+    until(lambda: [w for w in p.get("/api/state").json["warnings"] if "No such file" in w])
+    assert keys() == ["one", "two"]
     services.write_text("slots: {other: {port: 9000}}")
     until(lambda: [s["name"] for s in p.get("/api/state").json["slots"]] == ["other"])
 
@@ -1334,6 +1457,10 @@ def test_a_line_of_vllms_log_is_understood(line, kind, words):
     assert bool(got.remedy) == (got.kind == "fatal")
 
 
+def test_only_the_beginning_of_an_endless_line_is_read():
+    assert sc.classify_log_line("x" * 3000 + " CUDA out of memory").kind == "none"
+
+
 def test_a_root_cause_outranks_the_summary_that_follows_it():
     cause, summary = (sc.classify_log_line(l) for l in ("torch.OutOfMemoryError: CUDA out of memory.", "EngineCore failed to start."))
     assert cause.rank < summary.rank
@@ -1373,6 +1500,29 @@ def test_what_answers_on_a_port_is_never_guessed(answer, state):
     server = OneAnswer(answer)
     assert sc.probe_vllm_endpoint(sc.Endpoint("127.0.0.1", server.port)).state == state
     server.sock.close()
+
+
+def test_an_engine_that_drips_its_answer_costs_no_more_than_the_time_limit():
+    class Drip(OneAnswer):
+        def run(self):
+            with contextlib.suppress(OSError):
+                c, _ = self.sock.accept()
+                while True:
+                    c.sendall(b"H")
+                    self.seen.append(1)
+                    time.sleep(0.05)
+    server = Drip(b"")
+    assert sc.probe_vllm_endpoint(sc.Endpoint("127.0.0.1", server.port), 0.5).state == "silent"
+    assert len(server.seen) < 40
+    server.sock.close()
+
+
+def test_more_output_than_a_command_may_have_ends_it():
+    hosts = sc.Hosts([sc.Spark("here", "local")])
+    try:
+        assert "MiB of output" in hosts.run("here", "yes", 60).err
+    finally:
+        hosts.close()
 
 
 def test_a_port_where_nothing_listens_is_silent():
@@ -1893,6 +2043,94 @@ def test_requests_for_the_outgoing_model_are_told_at_once(two):
     two.call("DELETE", f"/api/swap/{swap['id']}")
     two.idle()
     assert two.post("/v1/completions", {"model": "gpt-4o", "prompt": "x"}).status == 200
+
+
+def rolling_back(two):
+    """alpha served, beta failed, and alpha's rollback is loading slowly -> the failed swap's id."""
+    assert two.swap("alpha").status == 200
+    two.rig.behave("spark1", "beta", mode="oom")
+    two.rig.behave("spark1", "alpha", mode="ok", load=20)
+    failed = two.swap("beta").json
+    until(lambda: (s := two.running()) and s["rollback_of"] and s["phase"] == "loading")
+    two.rig.behave("spark1", "alpha", load=0.2)
+    return failed["id"]
+
+
+def test_a_swap_that_preempts_a_rollback_and_fails_its_checks_gives_the_rollback_back(two):
+    failed = rolling_back(two)
+    shutil.rmtree(two.rig.spark("spark1") / "home/.cache/huggingface/hub/models--org--fancy")
+    assert two.swap("fancy").status == 502
+    newest = two.idle()[0]
+    assert (newest["model"], newest["phase"], bool(newest["rollback_of"])) == ("alpha", "ready", True) and newest["rollback_of"] != failed
+    assert two.post("/v1/completions", {"prompt": "x"}).json["model"] == "alpha"
+
+
+def test_a_rollback_gives_way_only_to_a_swap_of_its_own_slot(rig, start, tmp_path):
+    env = rig_env(rig, tmp_path)
+    (tmp_path / "services.yaml").write_text(f"slots: {{main: {{hosts: [spark1], port: {rig.port}}}, second: {{hosts: [spark2], port: {rig.free_port('spark2')}, container: other}}}}")
+    p = start(env, args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    p.rig = rig
+    rolling_back(p)
+    got = p.post("/api/swap", {"model": "alpha", "slot": "second"})
+    assert (got.status, got.code) == (409, "swap_running")
+    p.call("DELETE", f"/api/swap/{p.running()['id']}")
+    p.idle()
+    assert p.get("/api/state").json["slots"][0]["state"] == "empty"
+    assert p.post("/v1/completions", {"prompt": "x"}, timeout=5).status == 502      # no longer held
+
+
+def test_a_journal_that_cannot_be_written_refuses_the_swap_and_changes_nothing(two):
+    (two.data / "swap.json").mkdir()
+    got = two.post("/api/swap", {"model": "alpha"})
+    assert (got.status, got.code) == (503, "journal_unwritable")
+    assert two.get("/api/swap").json == {"running": None, "recent": []} and launches(two.rig) == []
+    (two.data / "swap.json").rmdir()
+    assert two.swap("alpha").status == 200
+
+
+def test_what_was_launched_is_stopped_where_it_was_launched_though_the_slot_was_changed_since(two):
+    assert two.swap("alpha").status == 200
+    Path(two.dir / "services.yaml").write_text(f"slots: {{main: {{hosts: [spark1, spark2], port: {two.rig.port}, container: renamed}}}}")
+    until(lambda: any(e["kind"] == "config_changed" for e in two.get("/api/events").json["events"]))
+    assert two.swap("beta").status == 200
+    assert two.rig.containers("spark1") == ["renamed"]
+
+
+def test_dry_runs_do_not_push_real_swaps_out_of_the_history(two):
+    kept = two.swap("alpha").json["id"]
+    for _ in range(15):
+        assert two.swap("beta", dry_run=True).status == 200
+    recent = two.get("/api/swap").json["recent"]
+    assert recent[-1]["id"] == kept and len(recent) == 1 + sc.SwapManager.KEEP_DRY
+    two.restart()
+    assert [s["id"] for s in two.get("/api/swap").json["recent"]] == [kept]
+    assert sorted(os.listdir(two.data / "swaps")) == [kept + ".json", kept + ".log"]
+
+
+def test_foreign_files_among_the_state_are_reported_and_never_stop_the_start(two):
+    kept = two.swap("alpha").json["id"]
+    two.kill()
+    record = json.loads((two.data / "swaps" / f"{kept}.json").read_text())
+    for i, change in enumerate(({"ended_at": 5}, {"fraction": "x"}, {"phases": [["queued", "x"]]}, {"phases": [["queued", "x", "soon"]]}, {"model": 7})):
+        (two.data / "swaps" / f"20200101-00000{i}-aaaa.json").write_text(json.dumps({**record, "id": f"2020{i}", **change}))
+    (two.data / "swaps" / "20200101-000009-aaaa.json").write_text("[" * 100000)
+    with open(two.data / "events.jsonl", "a") as f:
+        f.write('{"n": "x"}\n{"n": null}\n{"n": 1, "text": "\\ud800", "at": "", "kind": "k"}\n' + "[" * 100000 + '\n{"n": 9')
+    two.start()
+    assert [s["id"] for s in two.get("/api/swap").json["recent"]] == [kept]
+    state = two.get("/api/state")
+    assert state.status == 200 and sum("is of another shape" in w for w in state.json["warnings"]) >= 5
+    assert two.swap("beta").status == 200
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"running": 5}', '{"running": {"id": "x", "slot": "main", "model": "m", "phase": "loading"}}', '{"slots": {"main": 7}}', '{"slots": []}'])
+def test_a_foreign_journal_is_set_aside_and_what_is_served_is_adopted(two, content):
+    assert two.swap("alpha").status == 200
+    two.kill()
+    (two.data / "swap.json").write_text(content)
+    two.start()
+    assert until(lambda: serves(two)["model"] == "alpha") and two.running() is None
+    assert any("swap.json" in w for w in two.get("/api/state").json["warnings"])
 
 
 
