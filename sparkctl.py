@@ -174,8 +174,8 @@ SETTINGS = (
     Setting("VLLM_PORT", "8888", PORT, "port that the engine of slot main listens on"),
     Setting("VLLM_CONTAINER", "vllm_node", container_name, "container that the engine of slot main runs in"),
     Setting("DISABLED_SERVICES", "", names, "services without a tile or probe, comma-separated"),
-    Setting("MODELS_OVERRIDES", "", text, "file for knobs and models added at run time; "
-            "blank = models-overrides.yaml in the data directory"),
+    Setting("MODELS_OVERRIDES", "", text, "file whose knobs, models and hidden models go on top of "
+            "models.yaml; blank = models-overrides.yaml in the data directory"),
     Setting("LOCAL_MODEL_ROOTS", "/home,/data,/models,/mnt,/srv", abs_paths, "directories that local models may be below"),
     Setting("SWAP_DRAIN_SECONDS", "30", SECONDS, "longest wait for requests in flight before an engine is stopped"),
     Setting("SWAP_STOP_TIMEOUT", "120", number(1, 3600), "longest time for an engine to stop and give its memory back, seconds"),
@@ -212,8 +212,11 @@ def parse_settings(env, file_values=None, flags=None, file_label="settings.yaml"
     """Three mappings of texts -> Settings. Never raises: a bad value becomes a warning and the next source counts."""
     values, sources, warnings = {}, {}, []
     file_values = file_values or {}
-    for name in sorted(set(map(str, file_values)) - set(SETTING), key=str):
-        warnings.append(f"{file_label}: {name} is not a setting")
+    ours = re.compile(r"SPARKCTL_(?!DEMO_PID)|SPARK_?\d|SWAP_")         # VLLM_… are vLLM's own as well
+    for label, found in ((file_label, file_values), ("environment", filter(ours.match, env))):
+        for name in sorted(set(map(str, found)) - set(SETTING)):
+            close = difflib.get_close_matches(name, SETTING, n=1)
+            warnings.append(f"{label}: {name[:80]} is not a setting" + (f"; did you mean {close[0]}?" if close else ""))
     for s in SETTINGS:
         values[s.name], sources[s.name] = s.parse(s.default), "default"
         places = (("command line", flags or {}), ("environment", env), ("file", file_values))
@@ -305,7 +308,7 @@ def to_json(value):
 
 def nearest(word, known):
     """The most similar known word, or None: for `did you mean`."""
-    close = difflib.get_close_matches(str(word)[:100], list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word)[:100], list(known), n=1, cutoff=0.6)
     return close[0] if close else None
 
 
@@ -1628,6 +1631,7 @@ class Swap:
     restart: bool = False
     rollback: bool = True
     rollback_of: str | None = None
+    rollback_id: str | None = None  # of the swap that brings back what served before
     skip_checks: tuple = ()
     note: str = ""
     client: str = ""
@@ -2552,7 +2556,8 @@ class SwapManager:
                 else:
                     self._running = swap
                     self._cancel.clear()
-        self._events("swap_started" if not swap.dry_run else "dry_run", f"{swap.client or 'someone'} asked for {model or 'nothing'} on {slot}",
+        wish = "to unload" if model is None else f"what a swap to {model} would do on" if swap.dry_run else f"for {model} on"
+        self._events("swap_started" if not swap.dry_run else "dry_run", f"{swap.client or 'someone'} asked {wish} {slot}",
                      swap=swap.id, slot=slot, model=model)
         with self._lock:
             self._wake.notify_all()
@@ -2734,7 +2739,8 @@ class SwapManager:
         """
         now = time.time()
         with self._lock:
-            s = advance(self._running, phase, now, **facts)
+            rollback = rollback and self._waiting is None
+            s = advance(self._running, phase, now, rollback_id=self._running.id + "-rb" if rollback else None, **facts)
         self.log_of(s.id).add(f"-- {phase}" + (f": {s.error['message']}" if s.error else ""))
         try:
             if not s.dry_run:
@@ -2752,8 +2758,8 @@ class SwapManager:
             following, self._waiting = self._waiting, None
             if following and s.rollback_of:     # it gave way: what it would have brought back is still what to go back to
                 following = dataclasses.replace(following, previous=s.plan)
-            elif rollback:
-                following = Swap(s.id + "-rb", s.slot, s.previous.model, started_at=utc(now), phase_began=now,
+            elif rollback and not following:
+                following = Swap(s.rollback_id, s.slot, s.previous.model, started_at=utc(now), phase_began=now,
                                  phases=(("queued", utc(now), None),), rollback=False, rollback_of=s.id,
                                  plan=s.previous, holder=s.holder, note=s.note, client=s.client)
                 self._logs[following.id] = SwapLog(os.path.join(self.dir, following.id + ".log"))
@@ -2769,7 +2775,7 @@ class SwapManager:
                     os.unlink(os.path.join(self.dir, o.id + suffix))
         if not s.dry_run:
             told = {"ready": "swap_complete", "failed": "swap_failed", "cancelled": "swap_cancelled"}[phase]
-            self._events(told, f"{s.model or 'nothing'} on {s.slot}: {phase}" + (f", {s.error['message']}" if s.error else ""),
+            self._events(told, f"{s.model or 'unload'} on {s.slot}: {phase}" + (f", {s.error['message']}" if s.error else ""),
                          swap=s.id, slot=s.slot, model=s.model, rollback_of=s.rollback_of)
         self._hub.bump()
 
@@ -2941,7 +2947,8 @@ class Monitor:
 # /v1: which slot serves a request, holding while it swaps, and a relay of bytes as they come, on raw sockets.
 # Bodies and replies pass unchanged; only hop-by-hop fields and keys are taken out.
 
-PROXIED = frozenset(("/v1/chat/completions", "/v1/completions"))
+PROXIED = frozenset("/v1/" + name for name in (
+    "chat/completions", "completions", "embeddings", "messages", "rerank", "responses", "score"))
 HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
                         "te", "trailer", "transfer-encoding", "upgrade"))
 CONNECT_S, FIRST_BYTE_S = 3.0, 600.0
@@ -2959,7 +2966,10 @@ def route_model(name, config, views, running):
     if not slots:
         raise Refused(503, "no_slots", "no Spark is configured; set SPARK1_HOST")
     if name is None:
-        return slots.get("main") or next(iter(slots.values()))
+        slot = slots.get("main") or next(iter(slots.values()))
+        if not views.get(slot.name) and not (running and running.slot == slot.name):
+            raise Refused(503, "nothing_served", f"slot {slot.name} serves no model now; start one: POST /api/swap", {"Retry-After": "30"})
+        return slot
     if len(name) > 300:
         raise Refused(404, "model_not_found", "no model has so long a name")
     wait = {"Retry-After": str(math.ceil(running.eta_seconds or 30))} if running else {}
@@ -3524,22 +3534,23 @@ def stream_swap(app, r):
         return 204, b"", {}                     # tells an EventSource not to come back
 
     def run(send):
-        swap_log, n = app.swaps.log_of(swap.id), list(seen)
+        swap_log, n, shown = app.swaps.log_of(swap.id), list(seen), None
 
         def event(name, data, mark=""):
             send(f"event: {name}\nid: {n[0]}.{n[1]}.{n[2]}{mark}\ndata: ".encode() + to_json(data) + b"\n\n")
         send(b"retry: 1000\n\n")
         while True:
             s = app.swaps.get(swap.id)          # before the lines: at the end none is missed
-            for number_, at, said in swap_log.after(n[0]):
-                n[0] = number_
-                event("log", {"n": number_, "at": at, "text": said})
             for phase, at, _ in s.phases[n[1]:]:
                 n[1] += 1
                 event("phase", {"phase": phase, "started_at": at, "seq": s.seq})
-            if s.seq > n[2]:
-                n[2] = s.seq
-                event("progress", {**s.public()["progress"], "eta_seconds": s.eta_seconds, "slower": s.slower, "phase": s.phase, "seq": s.seq})
+            for number_, at, said in swap_log.after(n[0]):
+                n[0] = number_
+                event("log", {"n": number_, "at": at, "text": said})
+            n[2], told = s.seq, {**s.public()["progress"], "eta_seconds": s.eta_seconds, "slower": s.slower, "phase": s.phase}
+            if told != shown:
+                shown = told
+                event("progress", {**told, "seq": s.seq})
             if swap_log.after(n[0], 1):
                 continue
             if s.phase in TERMINAL:
@@ -3948,6 +3959,7 @@ class DemoEngine(BaseHTTPRequestHandler):
         answer = f"This is {self.server.names[0]}, a pretended model. You said: {said}"
         base = {"id": "demo-" + secrets.token_hex(6), "object": "chat.completion" if chat else "text_completion", "created": int(time.time()), "model": self.server.names[0]}
         usage = {"prompt_tokens": len(str(said).split()), "completion_tokens": len(answer.split())}
+        usage["total_tokens"] = sum(usage.values())
         if not asked.get("stream"):
             choice_ = {"index": 0, "finish_reason": "stop", **({"message": {"role": "assistant", "content": answer}} if chat else {"text": answer})}
             return self.send(200, json.dumps({**base, "choices": [choice_], "usage": usage}).encode())
@@ -3955,8 +3967,9 @@ class DemoEngine(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream; charset=utf-8")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
+        base["object"] = "chat.completion.chunk" if chat else "text_completion"
         for word in re.findall(r"\S+\s*", answer):
-            delta = {"index": 0, "finish_reason": None, **({"delta": {"content": word}} if chat else {"text": word})}
+            delta = {"index": 0, "finish_reason": None, **({"delta": {"role": "assistant", "content": word}} if chat else {"text": word})}
             self.chunk(f"data: {json.dumps({**base, 'choices': [delta]})}\n\n")
             time.sleep(0.03)
         self.chunk(f"data: {json.dumps({**base, 'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n")
@@ -4038,8 +4051,20 @@ def build_settings(args, environ):
     return settings, data_dir, paths
 
 
-def run_check(store):
-    """Print everything in force and every problem -> exit code."""
+def exposure(settings, root, allow_root):
+    """What is unwise about who may reach us -> sentences."""
+    bind, told = settings["SPARKCTL_BIND"], []
+    loopback = bind in ("localhost", "::1") or bind.startswith("127.")
+    if root:
+        told.append("sparkctl runs as root and needs no root: run it as a user that may ssh to the Sparks" if loopback or allow_root
+                    else "root on a non-loopback address is refused; use another user, or --allow-root")
+    if not loopback and not settings["SPARKCTL_API_KEY"]:
+        told.append(f"anybody who reaches {bind} may swap models: set SPARKCTL_API_KEY")
+    return told, root and not loopback and not allow_root
+
+
+def run_check(store, found):
+    """Print everything in force and every problem, those already found first -> exit code. No Spark is contacted."""
     config = store.current
     print("Settings")
     for row in config.settings.public():
@@ -4061,11 +4086,14 @@ def run_check(store):
     print(f"Models ({len(config.models)})")
     for m in config.models.values():
         print(f"  {m.key}: {m.source} ({m.mode}) answers to {', '.join(m.served_names)}")
-    found = [*config.settings.warnings, *map(str, config.problems)]
+    found += [*config.settings.warnings, *map(str, config.problems)]
+    hosts = [s.host for s in config.sparks.values() if not s.local]
+    found += [f"two Sparks have the same host {h}" for h in sorted({h for h in hosts if hosts.count(h) > 1})]
     if not config.sparks:
         found.append("no Spark is configured: set SPARK1_HOST (and SPARK2_HOST)")
     if not config.models:
         found.append("the catalog is empty")
+    print("No Spark was contacted; a dry run does: POST /api/swap?wait=60 {\"model\": KEY, \"dry_run\": true}")
     print("Problems" if found else "No problems")
     for problem in found:
         print(f"  {problem}")
@@ -4075,16 +4103,10 @@ def run_check(store):
 def serve(store, data_dir, allow_root, demo):
     """Run until SIGTERM or SIGINT -> exit code."""
     settings = store.settings
-    loopback = settings["SPARKCTL_BIND"] in ("localhost", "::1") or settings["SPARKCTL_BIND"].startswith("127.")
-    root = hasattr(os, "geteuid") and os.geteuid() == 0
-    warnings = []
-    if root and not loopback and not allow_root:
-        print("sparkctl: refusing to run as root on a non-loopback address; use another user, or --allow-root", file=sys.stderr)
+    warnings, refused = exposure(settings, os.geteuid() == 0, allow_root)
+    if refused:
+        print(f"sparkctl: {warnings[0]}", file=sys.stderr)
         return 2
-    if root and not demo:
-        warnings.append("sparkctl runs as root and needs no root: run it as a user that may ssh to the Sparks")
-    if not loopback and not settings["SPARKCTL_API_KEY"]:
-        warnings.append(f"anybody who reaches {settings['SPARKCTL_BIND']} may swap models: set SPARKCTL_API_KEY")
     sys.setswitchinterval(0.0005)               # a busy thread must not delay the relay of tokens
     threading.stack_size(4 << 20)               # virtual memory; in 1 MiB the json of Python 3.13 dies of deep nesting
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4106,7 +4128,7 @@ def serve(store, data_dir, allow_root, demo):
         where = f"{e.filename}: " if getattr(e, "filename", None) else f"{settings['SPARKCTL_BIND']} port {settings['SPARKCTL_PORT']}: "
         print(f"sparkctl: {where}{getattr(e, 'strerror', None) or e}", file=sys.stderr)
         return 2
-    app.warnings[:0] = warnings
+    app.warnings[:0] = [] if demo else warnings
     told, tell = socket.socketpair()            # the kernel may give a signal to any thread, and only a byte wakes this one
     tell.setblocking(False)
     signal.set_wakeup_fd(tell.fileno())
@@ -4130,7 +4152,9 @@ def main(argv=None):
     if argv[:1] == ["demo-engine"]:
         return demo_engine(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Every setting is an environment variable; README.md lists them.")
-    parser.add_argument("command", nargs="?", choices=("serve", "check"), default="serve", help="check: print what is in force, with every problem")
+    parser.add_argument("command", nargs="?", choices=("serve", "check"), default="serve",
+                        help="serve (the default): run; check: print what is in force, with every problem")
+    parser.add_argument("--version", action="version", version=f"sparkctl {VERSION}")
     parser.add_argument("--bind", metavar="A", help="address to listen on")
     parser.add_argument("--port", metavar="N", help="port to listen on")
     parser.add_argument("--data", metavar="DIR", help="directory for state")
@@ -4139,6 +4163,11 @@ def main(argv=None):
     parser.add_argument("--demo", action="store_true", help="two pretended Sparks on this machine; needs no hardware")
     parser.add_argument("--allow-root", action="store_true", help="run as root on a non-loopback address all the same")
     args = parser.parse_args(argv)
+    for name in ("bind", "port"):
+        try:
+            SETTING["SPARKCTL_" + name.upper()].parse(getattr(args, name) or "0")
+        except ValueError as e:
+            parser.error(f"--{name} {e}")
     os.umask(0o077)
     environ, cleanup = dict(os.environ), contextlib.ExitStack()
     with cleanup:
@@ -4150,25 +4179,29 @@ def main(argv=None):
             args.models, args.services = paths["models"], paths["services"]
             environ = {k: v for k, v in environ.items() if k not in SETTING} | overlay | {k: environ[k] for k in ("SPARKCTL_BIND", "SPARKCTL_PORT", "SPARKCTL_API_KEY") if k in environ}
         settings, data_dir, paths = build_settings(args, environ)
+        found = []
         try:
             os.makedirs(data_dir, mode=0o700, exist_ok=True)
             if not os.access(data_dir, os.R_OK | os.W_OK | os.X_OK):
                 raise PermissionError(13, "not readable and writable", data_dir)
         except OSError as e:
+            found.append(f"the data directory {data_dir} cannot be used: {e.strerror}")
             if args.command == "serve":
-                print(f"sparkctl: the data directory {data_dir} cannot be used: {e.strerror}", file=sys.stderr)
+                print(f"sparkctl: {found[0]}", file=sys.stderr)
                 return 2
         store = ConfigStore(settings, paths)
         if args.command == "check":
             unreadable = [p for p in (args.models, args.services) if p and not os.access(p, os.R_OK)]
             for path in unreadable:
                 print(f"sparkctl: {path} cannot be read", file=sys.stderr)
-            return 2 if unreadable else run_check(store)
+            found += exposure(settings, False, False)[0]
+            return 2 if unreadable else run_check(store, found)
         return serve(store, data_dir, args.allow_root, args.demo)
 
 
 if __name__ == "__main__":
-    status = main()
-    for stream_ in (sys.stdout, sys.stderr):
-        stream_.flush()
+    status = 1
+    with contextlib.suppress(BrokenPipeError):          # `check | head`
+        status = main()
+        sys.stdout.flush()
     os._exit(status)    # at once: a daemon thread in the middle of a log line could hang or abort a normal exit

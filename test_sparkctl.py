@@ -275,6 +275,16 @@ def test_an_engine_that_dies_in_mid_stream_is_seen_to_have_died(two):
         assert not data.endswith(b"0\r\n\r\n")
 
 
+def test_a_request_without_a_model_to_an_empty_slot_is_told_to_start_one(two):
+    got = two.post("/v1/chat/completions", {"messages": []})
+    assert (got.status, got.code) == (503, "nothing_served") and got.headers["Retry-After"]
+
+
+def test_embeddings_reach_the_engine_too(crooked):
+    crooked.engine.answer = b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"data": []}'
+    assert crooked.post("/v1/embeddings", {"model": "m", "input": "x"}).json == {"data": []}
+
+
 @pytest.mark.parametrize("model,status,code", [("nope", 404, "model_not_found"), ("beta", 503, "model_not_serving"), (7, 422, "bad_field")])
 def test_a_request_for_what_is_not_served_is_told_so(two, model, status, code):
     got = two.post("/v1/completions", {"model": model, "prompt": "x"})
@@ -288,7 +298,7 @@ def test_an_engine_error_passes_through_and_a_dead_engine_gets_a_neutral_one(two
     assert got.status == 400 and "max_model_len" in got.json["error"]["message"]
     two.rig.kill_engine("spark1")
     got = two.post("/v1/completions", {"prompt": "x"})
-    assert got.status == 502 and got.code in ("engine_unreachable", "engine_failed")
+    assert (got.status, got.code) in ((502, "engine_unreachable"), (502, "engine_failed"), (503, "nothing_served"))
     assert "127.0.0.1" not in got.json["error"]["message"] and "Error" not in got.json["error"]["message"]
 
 
@@ -639,7 +649,8 @@ def test_the_sixth_hundred_connection_is_told_to_come_back(bare):
 def test_the_demo_shows_a_swap_a_failure_with_rollback_and_answers_chat(start, tmp_path):
     p = start(args=("--demo",))
     state = p.get("/api/state").json
-    assert [s["state"] for s in state["slots"]] == ["empty"] and len(state["sparks"]) == 2 and state["warnings"] == []
+    until(lambda: serves(p)["state"] == "empty")
+    assert len(state["slots"]) == 1 and len(state["sparks"]) == 2 and state["warnings"] == []
     assert {m["mode"] for m in state["models"]} == {"solo", "cluster"} and any("local_path" in m for m in state["models"])
     assert p.swap("tiny-chat").status == 200
     got = p.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello there"}]})
@@ -712,6 +723,12 @@ def test_a_standard_error_that_cannot_be_written_stops_nothing(start, tmp_path):
     p.port = int(re.search(r":(\d+)/", p.process.stdout.readline().decode())[1])
     assert p.swap("tiny-chat").status == 200
     assert p.kill(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("args", [["--port", "abc"], ["--port", "99999"], ["--prot", "1"], ["serv"]])
+def test_a_mistake_on_the_command_line_is_exit_2(args):
+    got = run_once(*args)
+    assert got.returncode == 2 and "error:" in got.stderr
 
 
 def test_without_pyyaml_one_line_says_what_to_install(tmp_path):
@@ -1041,6 +1058,12 @@ def test_environment_beats_file_beats_default_and_blank_means_the_next():
     assert (got["VLLM_PORT"], got["VLLM_CONTAINER"], got["SWAP_ROLLBACK"], got["DISABLED_SERVICES"]) == (1234, "mine", False, ("a", "b"))
     assert (got.sources["VLLM_PORT"], got.sources["VLLM_CONTAINER"], got.sources["LAUNCH_DIR"]) == ("environment", "file", "default")
     assert sc.parse_settings({"VLLM_PORT": "bad"}, {"VLLM_PORT": "99"})["VLLM_PORT"] == 99
+
+
+def test_a_name_that_is_no_setting_is_reported_with_the_nearest():
+    got = sc.parse_settings({"SPARK1_HSOT": "x", "SPARKCTL_PROT": "1", "SPARK_1_HOST": "y", "VLLM_USE_V1": "1", "PATH": "z"}, {"POLL_SECOND": 3})
+    assert [w.split(" is not")[0] for w in got.warnings] == ["settings.yaml: POLL_SECOND", "environment: SPARK1_HSOT", "environment: SPARKCTL_PROT", "environment: SPARK_1_HOST"]
+    assert "did you mean SPARK1_HOST?" in got.warnings[1]
 
 
 def test_a_bad_secret_is_reported_without_its_value():
@@ -1711,7 +1734,7 @@ def test_a_failed_load_is_named_and_the_previous_model_comes_back(rig, start, tm
     newest = p.idle()[0]
     assert (newest["model"], newest["phase"]) == ("alpha", "ready")
     if not faults:
-        assert newest["rollback_of"] == got.json["id"]
+        assert newest["rollback_of"] == got.json["id"] and p.get(f"/api/swap/{got.json['id']}").json["rollback_id"] == newest["id"]
     assert [a[2] for _, a in rig.engines("spark1")] == ["org/alpha"]
     assert rig.containers("spark1") == ["vllm_node"]
     assert (p.data / "swaps" / f"{got.json['id']}.log").read_text()
@@ -2076,7 +2099,7 @@ def test_a_rollback_gives_way_only_to_a_swap_of_its_own_slot(rig, start, tmp_pat
     p.call("DELETE", f"/api/swap/{p.running()['id']}")
     p.idle()
     assert p.get("/api/state").json["slots"][0]["state"] == "empty"
-    assert p.post("/v1/completions", {"prompt": "x"}, timeout=5).status == 502      # no longer held
+    assert p.post("/v1/completions", {"prompt": "x"}, timeout=5).code == "nothing_served"      # no longer held
 
 
 def test_a_journal_that_cannot_be_written_refuses_the_swap_and_changes_nothing(two):
