@@ -1743,106 +1743,153 @@ def memory_need_gb(model, total_gb, nodes):
     return share * total_gb, weights, f"{share:g} of {total_gb:.1f} GB"
 
 
-def _check_model(add, model, slot, used, there, probe, current):
-    """The checks that need the model: weights on every Spark that loads them, and memory. Returns GiB per Spark."""
-    sized, bad = model, False
-    for host in used:
-        f = there.get(host)
-        if f is None:
-            continue
-        if not f["weights"]:
-            add("weights", "fail", f"{model.source} is not on {host}",
-                "check the path" if model.local_path else f"download it there: hf download {model.repo}")
-            bad = True
-        elif f["weights_missing"] or f["weights_incomplete"]:
-            missing = ", ".join(f["weights_missing"][:3]) or "a file that is still being downloaded"
-            add("weights", "fail", f"{host} has {model.source} without {printable(missing, 200)}", "let the download finish, or download it again")
-            bad = True
-        with contextlib.suppress(ValueError, IndexError):
-            sized = dataclasses.replace(model, size_gb=int(f["weights_kb"][0]) / (1 << 20))
-    if there and not bad:
-        add("weights", "ok", f"{sized.size_gb:.1f} GB on {', '.join(h for h in used if h in there)}")
-    need_gb, worst = 0.0, None
-    for host in used:
-        try:
-            total, available = (int(there[host][name][0].split()[0]) / (1 << 20) for name in ("MemTotal", "MemAvailable"))
-        except (KeyError, IndexError, ValueError):
-            continue
-        need, weights, how = memory_need_gb(sized, total, len(used))
+class Look:
+    """What one look at every Spark of a slot found, before anything is touched; the checks below judge it."""
+
+    def __init__(self, model, slot, config, facts, used, probe, current, others=()):
+        self.model, self.slot, self.config = model, slot, config
+        self.others = others            # Plans of what we launched in other slots
+        self.used = used                # names of the Sparks that the swap needs
+        self.probe = probe              # what the slot's port answered
+        self.current = current          # the Plan that we launched there, or None
+        self.down = {h: f for h, f in facts.items() if isinstance(f, Result)}       # Spark -> why it was not reached
+        self.there = {h: f for h, f in facts.items() if h not in self.down}         # Spark -> parse_facts
+        self.head = self.there.get(slot.hosts[0])
+        self.cluster = slot.backend == "launch-cluster"
+
+    def severity(self, host):
+        """A Spark that this swap does not use may be in any state: a warning."""
+        return "fail" if host in self.used else "warn"
+
+    def weights_gb(self):
+        """GiB of weights as found on disk, else as the catalog says; 0 = unknown."""
+        for host in self.used:
+            with contextlib.suppress(KeyError, ValueError, IndexError):
+                return int(self.there[host]["weights_kb"][0]) / (1 << 20)
+        return self.model.size_gb
+
+    def memory(self):
+        """(Spark, total, available, needed, weights in GiB, how the need was found) of each Spark that tells."""
+        for host in self.used:
+            with contextlib.suppress(KeyError, IndexError, ValueError):
+                total, available = (int(self.there[host][name][0].split()[0]) / (1 << 20) for name in ("MemTotal", "MemAvailable"))
+                yield host, total, available, *memory_need_gb(dataclasses.replace(self.model, size_gb=self.weights_gb()), total, len(self.used))
+
+    def need_gb(self):
+        return max((need for _, _, _, need, _, _ in self.memory()), default=0.0)
+
+
+def check_reachable(look):
+    for host, result in look.down.items():
+        last = result.err.strip().splitlines()[-1:] or [""]
+        yield look.severity(host), f"{host}: {result.kind.replace('_', ' ')}: {printable(last[0], 200)}", remedy_for(result, look.config.sparks[host])
+    if not look.down:
+        yield "ok", f"{', '.join(look.there)} answered"
+
+
+def check_launcher(look):
+    if not look.cluster or look.head is None:
+        return
+    flags, directory = set(look.head["flag"]), look.config.settings["LAUNCH_DIR"]
+    old = [what for what, needle in LAUNCHER_NEEDS.items() if needle not in flags]
+    elsewhere = next((v.strip("'\"") for v in look.head["env_container"] if v.strip("'\"") != look.slot.container), "")
+    if look.head["launcher"] != ["yes"]:
+        yield "fail", f"no executable launch-cluster.sh in {directory} on {look.slot.hosts[0]}", "clone spark-vllm-docker there, or set LAUNCH_DIR"
+    elif old:
+        yield "fail", f"this launch-cluster.sh does not know {' or '.join(old)}", f"update it: git -C {directory} pull"
+    elif look.slot.container == "vllm_node" and elsewhere:      # the .env beats the default name, even when given
+        yield "fail", f"CONTAINER_NAME in the launcher's .env makes it use {elsewhere}, not vllm_node", f"set VLLM_CONTAINER to {elsewhere}"
+    else:
+        yield "ok", f"launch-cluster.sh in {directory}, {len(flags)} options known"
+
+
+def check_docker(look):
+    bad = {h: (f["docker"] or ["no answer"])[-1] for h, f in look.there.items() if look.cluster and f["docker"][:1] != ["ok"]}
+    for host, why in bad.items():
+        yield look.severity(host), f"{host}: {printable(why, 200)}", "start docker, and add the ssh user to the group docker"
+    if look.cluster and look.there and not bad:
+        yield "ok", "answers"
+
+
+def check_port(look):
+    if look.head is None:
+        return
+    port, served = look.slot.port, look.probe.served
+    who = ", ".join(served[:2]) or "something"
+    known = look.current is not None and bool(set(served) & set(look.current.served_names))
+    if not served and not look.head["listening"]:
+        yield "ok", f"{port} is free"
+    elif known or (look.head["engine"] if look.cluster else look.current):
+        yield "ok", f"{port} is the engine that will be stopped ({who})"
+    elif look.cluster or not served:
+        yield ("fail", f"{who} answers on port {port} of {look.slot.hosts[0]}, and it is not in container {look.slot.container}",
+               "stop it, or give the slot another port")
+    else:
+        yield "warn", f"{who} answers on port {port}; it was not started from here", "the template's stop must end it"
+
+
+def check_rollback(look):
+    """A previous model that is not ours is named beforehand."""
+    served, current = look.probe.served, look.current
+    there = bool(served) or look.head is not None and bool(look.head["engine"])
+    if there and (current is None or served and served[0] not in current.served_names):
+        yield "warn", f"{', '.join(served[:1]) or 'what runs there'} was not started from here and cannot be restored"
+
+
+def check_neighbours(look):
+    """Other slots on the Sparks of a cluster model must be empty: it needs the whole of each."""
+    for plan in look.others if look.model and look.model.mode == "cluster" else ():
+        if shared := sorted(set(plan.hosts) & set(look.used)):
+            yield "fail", f"slot {plan.slot} serves {plan.model} on {', '.join(shared)}", f"unload {plan.slot} first"
+
+
+def check_weights(look):
+    if look.model is None:
+        return
+    good = [h for h in look.used if h in look.there]
+    for host in list(good):
+        facts, source = look.there[host], look.model.source
+        if not facts["weights"]:
+            good.remove(host)
+            yield "fail", f"{source} is not on {host}", "check the path" if look.model.local_path else f"download it there: hf download {source}"
+        elif facts["weights_missing"] or facts["weights_incomplete"]:
+            good.remove(host)
+            missing = ", ".join(facts["weights_missing"][:3]) or "a file that is still being downloaded"
+            yield "fail", f"{host} has {source} without {printable(missing, 200)}", "let the download finish, or download it again"
+    if good:
+        yield "ok", f"{look.weights_gb():.1f} GB on {', '.join(good)}"
+
+
+def check_memory(look):
+    """What the engine will take, against what is available plus what the old engine gives back."""
+    if look.model is None:
+        return
+    current, rows = look.current, []
+    for host, total, available, need, weights, how in look.memory():
         back = min(current.need_gb, total - available) if current and host in current.hosts else 0.0
-        unknown = not current and bool(probe.served or there[host]["engine"])
-        need_gb = max(need_gb, need)
+        unknown = not current and bool(look.probe.served or look.there[host]["engine"])
+        room = available + back
         if weights + 1 > need:
-            row = ("fail", f"{host}: {weights:.1f} GB of weights and 1 GB to work in do not fit into {need:.1f} GB ({how})",
-                   f"raise gpu-memory-utilization to {min(0.95, (weights + 6) / total):.2f}, or use more Sparks")
-        elif need + 2 > available + back and not unknown:
-            row = ("fail", f"{host}: needs {need:.1f} GB ({how}), and {available + back:.1f} GB can be free",
-                   f"lower gpu-memory-utilization to {max(0.0, (available + back - 3) / total):.2f}, or stop other services")
-        elif need + 2 > available and unknown:
-            row = ("warn", f"{host}: needs {need:.1f} GB ({how}); {available:.1f} GB are free, and what the engine there gives back is not known", "")
+            rows.append(("fail", f"{host}: {weights:.1f} GB of weights and 1 GB to work in do not fit into {need:.1f} GB ({how})",
+                         f"raise gpu-memory-utilization to {min(0.95, (weights + 6) / total):.2f}, or use more Sparks"))
+        elif need + 2 > room and unknown:
+            rows.append(("warn", f"{host}: needs {need:.1f} GB ({how}); {room:.1f} GB are free, and what the engine there gives back is not known"))
+        elif need + 2 > room:
+            rows.append(("fail", f"{host}: needs {need:.1f} GB ({how}), and {room:.1f} GB can be free",
+                         f"lower gpu-memory-utilization to {max(0.0, (room - 3) / total):.2f}, or stop other services"))
         else:
-            row = ("ok", f"{host}: needs {need:.1f} GB ({how}), {available + back:.1f} GB can be free", "")
-        if worst is None or ("ok", "warn", "fail").index(row[0]) > ("ok", "warn", "fail").index(worst[0]):
-            worst = row
-    add("memory", *(worst or ("warn", "the Spark does not tell how much memory it has", "")))
-    return need_gb
+            rows.append(("ok", f"{host}: needs {need:.1f} GB ({how}), {room:.1f} GB can be free"))
+    yield from rows or [("warn", "the Spark does not tell how much memory it has")]
 
 
-def evaluate_checks(model, slot, config, facts, used, probe, current):
-    """Facts of every Spark -> [Check], and the model's need in GiB per Spark. Pure.
+# One row per check, in the order they are told. `reachable` cannot be skipped: nothing would work.
+CHECKS = {"reachable": check_reachable, "launcher": check_launcher, "docker": check_docker, "port": check_port, "rollback": check_rollback,
+          "neighbours": check_neighbours, "weights": check_weights, "memory": check_memory}
 
-    facts: {Spark: parse_facts or a Result that did not get there}; used: the Sparks that the model needs; probe: what
-    the slot's port answered; current: the Plan that we launched there, or None.
-    """
-    checks, cluster = [], slot.backend == "launch-cluster"
-    down = {h: f for h, f in facts.items() if isinstance(f, Result)}
-    there = {h: f for h, f in facts.items() if h not in down}
-    add = lambda *row: checks.append(Check(*row))
-    for host, result in down.items():
-        spark, what = config.sparks[host], f"{host}: {result.kind.replace('_', ' ')}: {printable(result.err.strip().splitlines()[-1] if result.err.strip() else '', 200)}"
-        add("reachable", "fail" if host in used else "warn", what, remedy_for(result, spark))
-    if not down:
-        add("reachable", "ok", f"{', '.join(facts)} answered")
-    head = there.get(slot.hosts[0])
-    if cluster and head is not None:
-        flags, directory = set(head["flag"]), config.settings["LAUNCH_DIR"]
-        old = [what for what, needle in LAUNCHER_NEEDS.items() if needle not in flags]
-        elsewhere = next((v.strip("'\"") for v in head["env_container"] if v.strip("'\"") != slot.container), "")
-        if head["launcher"] != ["yes"]:
-            add("launcher", "fail", f"no executable launch-cluster.sh in {directory} on {slot.hosts[0]}",
-                "clone spark-vllm-docker there, or set LAUNCH_DIR")
-        elif old:
-            add("launcher", "fail", f"this launch-cluster.sh does not know {' or '.join(old)}", f"update it: git -C {directory} pull")
-        elif slot.container == "vllm_node" and elsewhere:
-            add("launcher", "fail", f"CONTAINER_NAME in the launcher's .env makes it use {elsewhere}, not {slot.container}",
-                f"set VLLM_CONTAINER to {elsewhere}")
-        else:
-            add("launcher", "ok", f"launch-cluster.sh in {directory}, {len(flags)} options known")
-    if cluster:
-        bad = {h: f["docker"][-1] if f["docker"] else "no answer" for h, f in there.items() if f["docker"][:1] != ["ok"]}
-        for host, why in bad.items():
-            add("docker", "fail" if host in used else "warn", f"{host}: {printable(why, 200)}", "start docker, and add the ssh user to the group docker")
-        if there and not bad:
-            add("docker", "ok", "answers")
-    if head is not None:
-        ours = bool(head["engine"] if cluster else current) or current is not None and bool(set(probe.served) & set(current.served_names))
-        if probe.served or head["listening"]:
-            who = f"{', '.join(probe.served[:2])}" if probe.served else "something"
-            if ours:
-                add("port", "ok", f"{slot.port} is the engine that will be stopped ({who})")
-            elif cluster or not probe.served:
-                add("port", "fail", f"{who} answers on port {slot.port} of {slot.hosts[0]}, and it is not in container {slot.container}",
-                    "stop it, or give the slot another port")
-            else:
-                add("port", "warn", f"{who} answers on port {slot.port}; it was not started from here", "the template's stop must end it")
-        else:
-            add("port", "ok", f"{slot.port} is free")
-        if (probe.served or head["engine"]) and (current is None or probe.served and probe.served[0] not in current.served_names):
-            add("rollback", "warn", f"{', '.join(probe.served[:1]) or 'what runs there'} was not started from here and cannot be restored", "")
-    need_gb = 0.0
-    if model:
-        need_gb = _check_model(add, model, slot, used, there, probe, current)
-    return checks, need_gb
+
+def evaluate_checks(look):
+    """Every check's verdict on a Look -> [Check]. Pure."""
+    return [Check(name, *row) for name, check in CHECKS.items() for row in check(look)]
 
 
 # === 9 swap ===================================================================
@@ -2126,11 +2173,12 @@ class SwapRun:
         else:
             if s.model and model is None:
                 raise Failed("unknown_model", f"{s.model} is not in the catalog any more")
-            checks, need_gb = evaluate_checks(model, self.slot, self.config, facts, self.used(model), probe, current)
-            checks += self.neighbours(model)
+            others = [p for name in self.config.layout.slots if name != s.slot and (p := self.m.plan_of(name))]
+            look = Look(model, self.slot, self.config, facts, self.used(model), probe, current, others)
+            checks = evaluate_checks(look)
             flags = frozenset(head["flag"]) if not isinstance(head, Result) and head["flag"] else frozenset(("--name",))
             try:
-                plan = make_plan(model, self.slot, self.config, flags, need_gb) if model else None
+                plan = make_plan(model, self.slot, self.config, flags, look.need_gb()) if model else None
             except ValueError as e:
                 checks.append(Check("command", "fail", str(e), ""))
                 plan = None
@@ -2150,13 +2198,6 @@ class SwapRun:
     def finish_dry(self, bad):
         self.m._conclude("planned", error={"code": "check_failed", "message": f"check {bad.name}: {bad.detail}", "remedy": bad.remedy,
                                         "log_tail": []} if bad else None)
-
-    def neighbours(self, model):
-        """Other slots on the Sparks of a cluster model must be empty: it needs the whole of each."""
-        for other in self.config.layout.slots.values():
-            shared = set(other.hosts) & set(self.used(model)) if model and model.mode == "cluster" else ()
-            if other.name != self.slot.name and shared and (plan := self.m.plan_of(other.name)) and set(plan.hosts) & shared:
-                yield Check("neighbours", "fail", f"slot {other.name} serves {plan.model} on {', '.join(sorted(shared))}", f"unload {other.name} first")
 
     def commands(self, plan):
         head = self.slot.hosts[0]
@@ -3321,13 +3362,11 @@ def whole(value):
     return int(value)
 
 
-CHECK_NAMES = ("launcher", "docker", "port", "weights", "memory", "neighbours")     # `reachable` and `command` cannot be skipped
-
-
 def check_names(value):
+    known = [name for name in CHECKS if name != "reachable"]
     for name in expect("list", value):
-        if name not in CHECK_NAMES:
-            raise ValueError(f"must be a list of {', '.join(CHECK_NAMES)}")
+        if name not in known:
+            raise ValueError(f"must be a list of {', '.join(known)}")
     return tuple(value)
 
 

@@ -1635,6 +1635,56 @@ def test_the_need_for_memory_follows_the_knobs():
     assert sc.memory_need_gb(sc.ModelDef("k", "k"), 100, 1)[0] == pytest.approx(92)
 
 
+def look(facts=None, model=None, **more):
+    """A Look at a healthy pair with nothing running, changed by facts of spark1."""
+    healthy = {"MemTotal": ["127600000 kB"], "MemAvailable": ["120000000 kB"], "docker": ["ok"], "launcher": ["yes"], "weights": ["/w"], "weights_kb": ["62914560"],
+               "flag": ["--solo", "--name", "dispatched in background"]}
+    settings = sc.parse_settings({"SPARK1_HOST": "a", "SPARK2_HOST": "b"})
+    config = sc.Config(settings, TWO, {}, sc.Layout({}, {}, {}), ())
+    fill = lambda change: sc.collections.defaultdict(list, {**healthy, **change})
+    model = model or sc.ModelDef("k", "k", repo="o/n", knobs=(("gpu-memory-utilization", 0.6),))
+    given = {"slot": sc.Slot("main", ("spark1", "spark2"), 8888, "vllm_node", "launch-cluster"), "config": config, "used": ("spark1",), "probe": sc.Probe("silent"), "current": None,
+             "facts": {"spark1": fill(facts or {}), "spark2": fill({})}, "model": model, **more}
+    return sc.Look(**given)
+
+
+def verdicts(looked):
+    return {c.name: (c.status, c.detail) for c in sc.evaluate_checks(looked)}
+
+
+def test_a_healthy_pair_passes_every_check():
+    assert {name: status for name, (status, _) in verdicts(look()).items()} == dict.fromkeys(("reachable", "launcher", "docker", "port", "weights", "memory"), "ok")
+
+
+@pytest.mark.parametrize("facts,name,status,words", [
+    ({"launcher": ["no"]}, "launcher", "fail", "no executable launch-cluster.sh"),
+    ({"flag": ["--solo"]}, "launcher", "fail", "does not know -d exec"),
+    ({"env_container": ["'other'"]}, "launcher", "fail", "makes it use other"),
+    ({"docker": ["permission denied"]}, "docker", "fail", "spark1: permission denied"),
+    ({"listening": ["8888"]}, "port", "fail", "something answers on port 8888"),
+    ({"listening": ["8888"], "engine": ["alive"]}, "port", "ok", "will be stopped"),
+    ({"engine": ["alive"]}, "rollback", "warn", "cannot be restored"),
+    ({"weights": []}, "weights", "fail", "o/n is not on spark1"),
+    ({"weights_missing": ["model-2.safetensors"]}, "weights", "fail", "without model-2.safetensors"),
+    ({"weights_incomplete": ["yes"]}, "weights", "fail", "still being downloaded"),
+    ({"weights_kb": ["104857600"]}, "memory", "fail", "100.0 GB of weights"),
+    ({"MemAvailable": ["52428800 kB"]}, "memory", "fail", "needs 73.0 GB"),
+    ({"MemAvailable": ["52428800 kB"], "engine": ["alive"]}, "memory", "warn", "is not known"),
+    ({"MemTotal": []}, "memory", "warn", "does not tell"),
+])
+def test_a_check_says_what_is_wrong_and_what_to_do(facts, name, status, words):
+    looked = look(facts)
+    assert verdicts(looked)[name][0] == status and words in verdicts(looked)[name][1]
+    assert all(c.remedy for c in sc.evaluate_checks(looked) if c.status == "fail")
+
+
+def test_a_cluster_model_wants_the_other_slots_of_its_sparks_empty_and_a_solo_one_does_not():
+    other = sc.Plan("second", "m", ("m",), ("spark2",), 1, "c", "b", "", "", "", "", "")
+    wide = sc.ModelDef("w", "w", repo="o/w", mode="cluster", knobs=(("gpu-memory-utilization", 0.6),))
+    assert "unload second first" in [c.remedy for c in sc.evaluate_checks(look(model=wide, used=("spark1", "spark2"), others=[other]))]
+    assert "neighbours" not in verdicts(look(others=[other]))
+
+
 # === 9 swap ===================================================================
 
 def launches(rig):
