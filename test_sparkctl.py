@@ -264,6 +264,15 @@ def test_a_client_that_goes_away_ends_the_engines_work(two):
     until(lambda: [r for r in two.rig.requests("spark1") if r.get("aborted")], 3)
 
 
+def test_a_client_that_goes_away_before_the_first_byte_ends_the_engines_work_too(two):
+    assert two.swap("alpha").status == 200
+    two.rig.behave("spark1", "alpha", warm_delay=60)
+    with socket.create_connection(("127.0.0.1", two.port), 5) as sock:
+        sock.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15\r\n\r\n{"prompt": "x"}')
+        until(lambda: serves(two)["in_flight"] == 1)
+    until(lambda: serves(two)["in_flight"] == 0, 3)
+
+
 def test_an_engine_that_dies_in_mid_stream_is_seen_to_have_died(two):
     assert two.swap("alpha").status == 200
     with held_request(two, seconds=30) as sock:
@@ -1872,6 +1881,8 @@ def test_ssh_that_drops_while_loading_and_comes_back_does_not_fail_the_swap(two)
     assert got["phase"] == "ready", got["error"]
     said = (two.data / "swaps" / f"{swap['id']}.log").read_text()
     assert "is back" in said and said.count("Starting to load model") == 1
+    shards = [line.split(" ", 1)[1] for line in said.splitlines() if "checkpoint shards" in line]
+    assert len(shards) == len(set(shards)) > 2, "lines seen before the drop came again"
     assert len(two.rig.engines("spark1")) == 1
 
 
@@ -1921,14 +1932,13 @@ def test_a_dry_run_ends_planned_shows_the_commands_and_touches_nothing(two):
 
 def test_a_foreign_engine_cannot_be_restored_and_that_is_said_beforehand(two):
     assert two.swap("alpha").status == 200
-    two.post("/api/unload?wait=30")
-    rig_serve = f"cd spark-vllm-docker && ./launch-cluster.sh --solo -d exec vllm serve org/other --port {two.rig.port}"
+    rig_serve = f"cd spark-vllm-docker && ./launch-cluster.sh --solo stop && ./launch-cluster.sh --solo -d exec vllm serve org/other --port {two.rig.port}"
     assert two.rig.sh("spark1", rig_serve).returncode == 0
     until(lambda: serves(two)["served_id"] == "org/other")
     two.rig.behave("spark1", "beta", mode="oom")
     got = two.swap("beta").json
     assert any(c["name"] == "rollback" and "cannot be restored" in c["detail"] for c in got["checks"])
-    assert got["phase"] == "failed" and len(two.idle()) == 3
+    assert got["phase"] == "failed" and [s["model"] for s in two.idle()] == ["beta", "alpha"]
 
 
 @pytest.mark.parametrize("phase", ["checking", "stopping", "launching", "loading", "warming"])
