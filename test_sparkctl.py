@@ -1869,6 +1869,16 @@ def test_a_strangers_process_on_the_port_stops_the_swap_before_anything_is_touch
     assert launches(two.rig) == []
 
 
+def test_after_a_reconnect_only_lines_that_were_not_seen_are_taken():
+    f = sc.Follower.__new__(sc.Follower)
+    f.events, f._closed, f._since, f._seen_at, f._resumed, f._skip = sc.queue.Queue(), threading.Event(), "2026-11-23T10:00:00.000000000Z", 0, "", 0
+    feed = lambda *lines: [f._line(f"2026-11-23T10:00:0{line[0]}.000000000Z {line}", True) for line in lines]
+    feed("1 a", "1 b", "2 c", "2 d")
+    f._resumed, f._skip = f._since, f._seen_at          # as a new connection does; docker's --since takes that moment in
+    feed("1 b", "2 c", "2 d", "2 e", "3 f")
+    assert [f.events.get_nowait()[1][2:] for _ in range(f.events.qsize())] == ["a", "b", "c", "d", "e", "f"]
+
+
 def test_ssh_that_drops_while_loading_and_comes_back_does_not_fail_the_swap(two):
     two.rig.behave("spark1", "alpha", load=3)
     swap = two.post("/api/swap", {"model": "alpha"}).json
@@ -2019,6 +2029,8 @@ def test_a_swap_survives_the_death_of_sparkctl_in_every_phase(two, phase, number
         assert two.kill(number) == (0 if number == signal.SIGTERM else -9)
     speed_up(two.rig, phase)
     two.start()
+    if phase == "loading":              # requests are held as before, not refused
+        assert two.post("/v1/completions", {"model": "beta", "prompt": "x"}).status == 200
     ended = two.get(f"/api/swap/{swap['id']}?wait=40").json
     assert ended["phase"] == "ready", ended["error"]
     assert [a[2] for _, a in two.rig.engines("spark1")] == ["org/beta"]
