@@ -508,6 +508,32 @@ def test_a_malformed_or_oversized_request_is_refused_and_the_connection_closed(b
         assert b"\r\nConnection: close\r\n" in got
 
 
+@pytest.fixture
+def impatient(tmp_path, monkeypatch):
+    """A server in this process whose limits are a fraction of a second -> its port."""
+    for name, seconds in (("HEAD_S", 0.3), ("BODY_S", 0.3), ("IDLE_S", 0.6)):
+        monkeypatch.setattr(sc, name, seconds)
+    (tmp_path / "none.yaml").touch()
+    store = sc.ConfigStore(sc.parse_settings({}), {"models": str(tmp_path / "none.yaml"), "overrides": "/nonexistent", "services": str(tmp_path / "none.yaml")})
+    app = sc.App(store, str(tmp_path))
+    server = sc.Server(("127.0.0.1", 0), app)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield server.server_address[1]
+    server.shutdown()
+    server.finish(2)
+    app.hosts.close()
+
+
+@pytest.mark.parametrize("data,answer", [
+    (b"", b""), (b"GET /healthz HT", b"HTTP/1.1 408 "),
+    (b"POST /api/swap HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{", b"HTTP/1.1 408 "),
+    (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", b"HTTP/1.1 200 "),
+])
+def test_a_slow_sender_and_an_idle_connection_are_let_go(impatient, data, answer):
+    got = raw(impatient, data, end=False)          # until the server closes
+    assert got.startswith(answer) and got.count(b"HTTP/1.1 ") == bool(answer)
+
+
 def test_expect_100_continue_is_answered_and_a_pipelined_request_too(bare):
     head = b"POST /api/swap HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
     with socket.create_connection(("127.0.0.1", bare.port), 5) as sock:
