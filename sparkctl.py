@@ -2693,7 +2693,7 @@ class SwapManager:
                 self._save()
             except OSError as e:
                 with self._lock:
-                    self._running = dataclasses.replace(self._running, touched=False)
+                    self._running = dataclasses.replace(self._running, touched=False, previous=None)    # nothing was done
                 raise Failed("journal_unwritable", f"{self._journal} cannot be written: {e.strerror}", "free space on sparkctl's disk") from None
         self._save_quietly()
         self._hub.bump()

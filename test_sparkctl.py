@@ -2209,6 +2209,19 @@ def test_a_journal_that_cannot_be_written_refuses_the_swap_and_changes_nothing(t
     assert two.swap("alpha").status == 200
 
 
+def test_a_journal_that_cannot_be_written_later_on_stops_the_swap_before_the_old_engine(two):
+    assert two.swap("alpha").status == 200
+    with held_request(two):
+        swap = two.post("/api/swap", {"model": "beta"}).json
+        two.journaled("draining")
+        (two.data / "swap.json").unlink()
+        (two.data / "swap.json").mkdir()
+    ended = two.get(f"/api/swap/{swap['id']}?wait=20").json
+    assert errors_of(ended)[0] == "journal_unwritable"
+    (two.data / "swap.json").rmdir()
+    assert [s["model"] for s in two.idle()] == ["beta", "alpha"] and two.post("/v1/completions", {"model": "alpha", "prompt": "x"}).status == 200
+
+
 def test_what_was_launched_is_stopped_where_it_was_launched_though_the_slot_was_changed_since(two):
     assert two.swap("alpha").status == 200
     Path(two.dir / "services.yaml").write_text(f"slots: {{main: {{hosts: [spark1, spark2], port: {two.rig.port}, container: renamed}}}}")
