@@ -642,8 +642,9 @@ class ModelDef:
         return self.local_path or self.repo
 
     def public(self):
-        got = {"key": self.key, "name": self.name, "mode": self.mode, "aliases": list(self.aliases), "knobs": {k: "***" if SECRETISH.search(k) else v for k, v in self.knobs},
-               "args": list(self.args), "env": {k: "***" if SECRETISH.search(k) else v for k, v in self.env}, "image": self.image or None, "size_gb": self.size_gb or None,
+        knobs, env = ({k: "***" if SECRETISH.search(k) else v for k, v in pairs} for pairs in (self.knobs, self.env))
+        got = {"key": self.key, "name": self.name, "mode": self.mode, "aliases": list(self.aliases), "knobs": knobs,
+               "args": list(self.args), "env": env, "image": self.image or None, "size_gb": self.size_gb or None,
                "description": self.description, "added": self.added, "served_names": list(self.served_names)}
         got["local_path" if self.local_path else "repo"] = self.source
         return got
@@ -2275,7 +2276,8 @@ class SwapRun:
                 continue
             what = f"{host}: {'the container ' + place.container + ' is still there' if got.code == 4 else got.kind.replace('_', ' ')} {got.err.strip()[-200:]}"
             if host in needed:
-                raise Failed("stop_failed", f"the old engine could not be stopped: {printable(what)}", remedy_for(got, self.config.sparks[host]) or "stop it by hand on that Spark")
+                raise Failed("stop_failed", f"the old engine could not be stopped: {printable(what)}",
+                             remedy_for(got, self.config.sparks[host]) or "stop it by hand on that Spark")
             self.log.add(f"warning: {what}")
         self.wait_for_silence(place, deadline, cancel)
 
@@ -2342,14 +2344,17 @@ class SwapRun:
                 if signal_.kind == "fatal" and (cause is None or signal_.rank < cause.rank):
                     cause = signal_
         if got.kind == "time_out":
-            raise Failed("launch_timeout", f"the launcher did not end within {self.config.settings['SWAP_LAUNCH_TIMEOUT']:g} s (SWAP_LAUNCH_TIMEOUT)", "run its command by hand and see where it hangs")
+            raise Failed("launch_timeout", f"the launcher did not end within {self.config.settings['SWAP_LAUNCH_TIMEOUT']:g} s (SWAP_LAUNCH_TIMEOUT)",
+                         "run its command by hand and see where it hangs")
         if not got.reached:
-            raise Failed("unreachable", f"{head}: {got.kind.replace('_', ' ')}: {got.err.strip()[-200:]}", remedy_for(got, self.config.sparks[head]))
+            raise Failed("unreachable", f"{head}: {got.kind.replace('_', ' ')}: {got.err.strip()[-200:]}",
+                         remedy_for(got, self.config.sparks[head]))
         if cause:                           # the launcher ends with 0 whatever docker said
             raise Failed(cause.code, f"launch failed: {cause.text}", cause.remedy)
         if got.kind != "ok":
             said = next((l for l in reversed((got.out + got.err).splitlines()) if l.strip() and not l.startswith("since ")), "")
-            raise Failed("launch_failed", f"the launcher ended with exit code {got.code}: {printable(said, 300)}", "run the launch command by hand (it is in the swap's commands)")
+            raise Failed("launch_failed", f"the launcher ended with exit code {got.code}: {printable(said, 300)}",
+                         "run the launch command by hand (it is in the swap's commands)")
         self.m._enter("loading", since=since)
 
     def do_loading(self, s):
@@ -2365,13 +2370,15 @@ class SwapRun:
                 if s.model in probe.served or set(probe.served) & set(s.plan.served_names):
                     return self.m._enter("warming")
                 if probe.served:
-                    raise Failed("port_taken", f"port {s.plan.port} answers for {probe.served[0]}, which is not this model", "stop what listens there, or give the slot another port")
+                    raise Failed("port_taken", f"port {s.plan.port} answers for {probe.served[0]}, which is not this model",
+                                 "stop what listens there, or give the slot another port")
                 next_probe = time.monotonic() + 0.15
             if up_at and now - up_at > self.config.settings["SWAP_ANSWER_TIMEOUT"]:
                 raise Failed("not_answering", f"the engine says it is up, and port {s.plan.port} does not answer from here ({probe.detail})",
                              "is a firewall between, or does a knob bind the engine to another address or port?")
             if self.left("SWAP_LOAD_TIMEOUT") <= 0:
-                raise Failed("load_timeout", f"not ready after {self.config.settings['SWAP_LOAD_TIMEOUT']:g} s (SWAP_LOAD_TIMEOUT)", "see the log for what it does; a larger limit, or a faster load-format")
+                raise Failed("load_timeout", f"not ready after {self.config.settings['SWAP_LOAD_TIMEOUT']:g} s (SWAP_LOAD_TIMEOUT)",
+                             "see the log for what it does; a larger limit, or a faster load-format")
 
     def _watch(self, s, timeout_s):
         """Take what the follower saw, turn it into progress; raises Failed as soon as the engine is known to fail."""
@@ -2432,9 +2439,11 @@ class SwapRun:
         if self.cause and (self.cause.code != "engine_failed" or not self.dead):
             return Failed(self.cause.code, self.cause.text, self.cause.remedy)
         if self.dead == "gone":
-            return Failed("container_gone", "the engine's container vanished while it was loading", "did somebody stop it, or did docker restart?")
+            return Failed("container_gone", "the engine's container vanished while it was loading",
+                          "did somebody stop it, or did docker restart?")
         if self.dead == "137":
-            return Failed("out_of_memory", "the engine was killed (exit 137), most likely because memory ran out", "lower gpu-memory-utilization, or free memory on the Spark")
+            return Failed("out_of_memory", "the engine was killed (exit 137), most likely because memory ran out",
+                          "lower gpu-memory-utilization, or free memory on the Spark")
         told = f" with exit code {self.dead}" if self.dead else ""
         return Failed("engine_died", f"the engine's process ended{told} while it was loading", "the log's last lines may say why")
 
@@ -3992,11 +4001,13 @@ class DemoEngine(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
         name = asked.get("model") or self.server.names[0]
         if name not in self.server.names:
-            return self.send(404, json.dumps({"error": {"message": f"The model `{name}` does not exist.", "type": "NotFoundError", "param": "model", "code": 404}}).encode())
+            error = {"message": f"The model `{name}` does not exist.", "type": "NotFoundError", "param": "model", "code": 404}
+            return self.send(404, json.dumps({"error": error}).encode())
         chat = self.path == "/v1/chat/completions"
         said = asked.get("messages", [{}])[-1].get("content", "") if chat else asked.get("prompt", "")
         answer = f"This is {self.server.names[0]}, a pretended model. You said: {said}"
-        base = {"id": "demo-" + secrets.token_hex(6), "object": "chat.completion" if chat else "text_completion", "created": int(time.time()), "model": self.server.names[0]}
+        base = {"id": "demo-" + secrets.token_hex(6), "object": "chat.completion" if chat else "text_completion",
+                "created": int(time.time()), "model": self.server.names[0]}
         usage = {"prompt_tokens": len(str(said).split()), "completion_tokens": len(answer.split())}
         usage["total_tokens"] = sum(usage.values())
         if not asked.get("stream"):
@@ -4049,7 +4060,11 @@ def demo_engine(argv):
                 os._exit(0)
     threading.Thread(target=watch_parent, daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    say = lambda line, pid=os.getpid(): print(f"(EngineCore pid={pid}) INFO {time.strftime('%m-%d %H:%M:%S')} [demo.py:1] {line}" if line[0] != "!" else line[1:], flush=True)
+
+    def say(line):
+        """As vLLM's logger would, or as it stands after a !"""
+        stamp = f"(EngineCore pid={os.getpid()}) INFO {time.strftime('%m-%d %H:%M:%S')} [demo.py:1] "
+        print(line[1:] if line[0] == "!" else stamp + line, flush=True)
     say("vLLM server version 0.33.0 (pretended), serving model " + args.model)
     time.sleep(0.3)
     say("Starting to load model " + args.model + "...")
@@ -4057,7 +4072,8 @@ def demo_engine(argv):
         time.sleep(0.17)
         say(f"!Loading safetensors checkpoint shards: {shard * 100 // 12:3}% Completed | {shard}/12 [00:0{shard // 6}<00:01,  5.88it/s]")
         if fails and shard == 8:
-            print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.12 GiB.\nRuntimeError: Engine core initialization failed. See root cause above.", flush=True)
+            say("!torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.12 GiB.")
+            say("!RuntimeError: Engine core initialization failed. See root cause above.")
             return 1
     say("Model loading took 61.204518 GiB memory and 2.040000 seconds")
     say("torch.compile took 0.40 s in total")
@@ -4121,7 +4137,8 @@ def run_check(store, found):
     print("Services")
     for service in config.layout.services.values():
         if service.configured:
-            print(f"  {service.name}: {service.kind} on {service.host} port {service.port}" + (" (disabled)" if service.name in config.settings["DISABLED_SERVICES"] else ""))
+            hidden = " (disabled)" if service.name in config.settings["DISABLED_SERVICES"] else ""
+            print(f"  {service.name}: {service.kind} on {service.host} port {service.port}{hidden}")
     print(f"Models ({len(config.models)})")
     for m in config.models.values():
         print(f"  {m.key}: {m.source} ({m.mode}) answers to {', '.join(m.served_names)}")
@@ -4216,7 +4233,8 @@ def main(argv=None):
             folder = tempfile.mkdtemp(prefix="engines-", dir=args.data)
             overlay, paths = demo_setup(folder)
             args.models, args.services = paths["models"], paths["services"]
-            environ = {k: v for k, v in environ.items() if k not in SETTING} | overlay | {k: environ[k] for k in ("SPARKCTL_BIND", "SPARKCTL_PORT", "SPARKCTL_API_KEY") if k in environ}
+            kept = ("SPARKCTL_BIND", "SPARKCTL_PORT", "SPARKCTL_API_KEY")
+            environ = {k: v for k, v in environ.items() if k not in SETTING or k in kept} | overlay
         settings, data_dir, paths = build_settings(args, environ)
         found = []
         try:
