@@ -1729,7 +1729,7 @@ def memory_need_gb(model, total_gb, nodes):
     """(GiB that the engine will take on each Spark, GiB of them weights or 0, how that was found).
 
     vLLM takes gpu-memory-utilization (0.92 unless told) of all memory, or with kv-cache-memory-bytes the weights
-    plus that; the GPU and everything else share the same memory (FIELD: A5, C).
+    plus that (vllm/config/cache.py, v1/worker/utils.py); on a Spark the GPU and everything else share one memory.
     """
     knobs = {k.replace("_", "-"): v for k, v in model.knobs}
     weights = model.size_gb / nodes
