@@ -2236,6 +2236,7 @@ def test_dry_runs_do_not_push_real_swaps_out_of_the_history(two):
         assert two.swap("beta", dry_run=True).status == 200
     recent = two.get("/api/swap").json["recent"]
     assert recent[-1]["id"] == kept and len(recent) == 1 + sc.SwapManager.KEEP_DRY
+    until(lambda: json.loads((two.data / "swap.json").read_text())["running"] is None)      # else the last one is resumed
     two.restart()
     assert [s["id"] for s in two.get("/api/swap").json["recent"]] == [kept]
     assert sorted(os.listdir(two.data / "swaps")) == [kept + ".json", kept + ".log"]
