@@ -120,7 +120,7 @@ class Program:
         return until(lambda: (s := self.running()) and s["phase"] in wanted and s, what=f"phase {wanted}")
 
     def journaled(self, phase):
-        """Wait until the journal says that the running swap is in that phase."""
+        """Wait until the journal says that the running swap is in that phase; None: that none runs."""
         until(lambda: (json.loads((self.data / "swap.json").read_text())["running"] or {}).get("phase") == phase, what=f"journal of {phase}")
 
     def kill(self, number=signal.SIGKILL):
@@ -2236,7 +2236,7 @@ def test_dry_runs_do_not_push_real_swaps_out_of_the_history(two):
         assert two.swap("beta", dry_run=True).status == 200
     recent = two.get("/api/swap").json["recent"]
     assert recent[-1]["id"] == kept and len(recent) == 1 + sc.SwapManager.KEEP_DRY
-    until(lambda: json.loads((two.data / "swap.json").read_text())["running"] is None)      # else the last one is resumed
+    two.journaled(None)                 # else the last one is resumed
     two.restart()
     assert [s["id"] for s in two.get("/api/swap").json["recent"]] == [kept]
     assert sorted(os.listdir(two.data / "swaps")) == [kept + ".json", kept + ".log"]
@@ -2244,6 +2244,7 @@ def test_dry_runs_do_not_push_real_swaps_out_of_the_history(two):
 
 def test_foreign_files_among_the_state_are_reported_and_never_stop_the_start(two):
     kept = two.swap("alpha").json["id"]
+    two.journaled(None)
     two.kill()
     record = json.loads((two.data / "swaps" / f"{kept}.json").read_text())
     for i, change in enumerate(({"ended_at": 5}, {"fraction": "x"}, {"phases": [["queued", "x"]]}, {"phases": [["queued", "x", "soon"]]}, {"model": 7})):
