@@ -1231,7 +1231,7 @@ def make_plan(model, slot, config, flags=frozenset(("--name",)), need_gb=0):
     parts = re.split(r"\{since\}", template.logs)
     logs = "\0".join(fill(part, words) for part in parts)
     knobs = {k.replace("_", "-"): v for k, v in model.knobs}
-    launch = shown = fill(template.launch, words)
+    launch = shown = build_launch_command(model, slot, settings["LAUNCH_DIR"], flags, None if cluster else template)
     for name, value in (*model.env, *model.knobs):
         if SECRETISH.search(name):
             shown = shown.replace(quote_arg(f"{name}={value}"), f"{name}=***").replace(quote_arg(f"--{name}") + " " + quote_arg(value), f"--{name} ***")
@@ -2145,14 +2145,12 @@ class SwapRun:
     def look(self, s):
         """One look at every Spark of the slot -> (facts, the model or None)."""
         model = self.config.models.get(s.model) if s.model else None
-        hosts = {}
+        used = self.used(model)
 
         def gather(host):
             got = self.on(host, facts_script(model if host in used else None, self.slot, self.config, host == self.slot.hosts[0]), 20)
             return parse_facts(got.out) if got.kind == "ok" else got
-        used = self.used(model)
-        hosts = self.m.hosts.each(self.slot.hosts, gather)
-        return hosts, model
+        return self.m.hosts.each(self.slot.hosts, gather), model
 
     def used(self, model):
         return self.slot.hosts if model is None or model.mode == "cluster" else self.slot.hosts[:1]
