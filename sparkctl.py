@@ -91,10 +91,15 @@ GIB = 1 << 30
 # here. A blank value means the default; a bad one falls back to the default and is reported, never fatal.
 
 
+def require(ok, message):
+    """The one check of every parser: a ValueError with the message, unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
 def text(value):
     """Any single line of text."""
-    if any(ord(c) < 32 or ord(c) == 127 for c in value):
-        raise ValueError("must not contain control characters")
+    require(not re.search(r"[\x00-\x1f\x7f]", value), "must not contain control characters")
     return value
 
 
@@ -102,19 +107,24 @@ def number(low, high, whole=False):
     """A parser of numbers from low to high."""
     def parse(value):
         got = int(value) if whole else float(value)
-        if not low <= got <= high:
-            raise ValueError(f"must be from {low} to {high}")
+        require(low <= got <= high, f"must be from {low} to {high}")
         return got
+    return parse
+
+
+def matching(pattern, message):
+    """A parser of texts that the pattern matches whole."""
+    def parse(value):
+        require(re.fullmatch(pattern, value, re.ASCII), message)
+        return value
     return parse
 
 
 def flag(value):
     """on/off, true/false, yes/no, 1/0."""
-    got = {"on": True, "true": True, "yes": True, "1": True,
-           "off": False, "false": False, "no": False, "0": False}.get(value.lower())
-    if got is None:
-        raise ValueError("must be on or off")
-    return got
+    on = value.lower() in ("on", "true", "yes", "1")
+    require(on or value.lower() in ("off", "false", "no", "0"), "must be on or off")
+    return on
 
 
 def names(value):
@@ -122,32 +132,17 @@ def names(value):
     return tuple(part.strip() for part in text(value).split(",") if part.strip())
 
 
-def host_name(value):
-    """A host for ssh: a name, an ssh alias, an address, or `local`. Charset-checked although it follows `--`."""
-    if value and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,252}", value):
-        raise ValueError("must be a host name, an address or an ssh alias (letters, digits, . _ : -)")
-    return value
-
-
-def user_name(value):
-    if value and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}", value):
-        raise ValueError("must be a login name (letters, digits, . _ -)")
-    return value
-
-
-def container_name(value):
-    """Docker's own rule for names, https://docs.docker.com/reference/cli/docker/container/run/#name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", value):
-        raise ValueError("must be a container name (letters, digits, . _ -)")
-    return value
-
-
 def abs_paths(value):
-    paths = names(value)
-    for path in paths:
-        if not path.startswith("/") or os.path.normpath(path) != path:
-            raise ValueError(f"{path!r} is not an absolute, normalised path")
-    return paths
+    for path in names(value):
+        require(path.startswith("/") and os.path.normpath(path) == path, f"{path!r} is not an absolute, normalised path")
+    return names(value)
+
+
+# A host for ssh: a name, an ssh alias, an address, or `local`. Charset-checked although it follows `--`.
+host_name = matching(r"([A-Za-z0-9_][A-Za-z0-9_.:-]{0,252})?", "must be a host name, an address or an ssh alias (letters, digits, . _ : -)")
+user_name = matching(r"([A-Za-z_][A-Za-z0-9_.-]{0,63})?", "must be a login name (letters, digits, . _ -)")
+# Docker's own rule for names, https://docs.docker.com/reference/cli/docker/container/run/#name.
+container_name = matching(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", "must be a container name (letters, digits, . _ -)")
 
 
 class Setting(NamedTuple):
@@ -219,22 +214,16 @@ def parse_settings(env, file_values=None, flags=None, file_label="settings.yaml"
             warnings.append(f"{label}: {name[:80]} is not a setting" + (f"; did you mean {close[0]}?" if close else ""))
     for s in SETTINGS:
         values[s.name], sources[s.name] = s.parse(s.default), "default"
-        places = (("command line", flags or {}), ("environment", env), ("file", file_values))
-        for label, place in places:
+        for label, place in (("command line", flags or {}), ("environment", env), ("file", file_values)):
             raw = place.get(s.name)
-            if isinstance(raw, bool):
-                raw = "on" if raw else "off"
-            if isinstance(raw, (list, tuple)):
-                raw = ",".join(map(str, raw))
-            raw = "" if raw is None else str(raw).strip()
-            if not raw:
-                continue
-            if label == "file" and s.name == "SPARKCTL_DATA":
+            raw = ",".join(map(str, raw)) if isinstance(raw, (list, tuple)) else "" if raw is None else str(raw).strip()
+            if label == "file" and s.name == "SPARKCTL_DATA" and raw:
                 warnings.append(f"{file_label}: SPARKCTL_DATA says where this file is, so it cannot stand in it")
                 continue
             try:
-                values[s.name], sources[s.name] = s.parse(raw), label
-                break
+                if raw:
+                    values[s.name], sources[s.name] = s.parse(raw), label
+                    break
             except ValueError as e:
                 shown = "its value" if s.secret else repr(raw[:200])
                 why = str(e) if str(e).startswith(("must", repr(raw)[:3])) else "is not valid"
@@ -277,15 +266,10 @@ def utc(seconds=None):
 
 
 def quote_arg(value):
-    """The one way a value reaches a shell: as exactly one argument, whatever it contains.
-
-    Raises ValueError for a NUL, which no argv can carry, and for text that is not valid Unicode.
-    """
-    value = str(value)
-    if "\0" in value:
-        raise ValueError("a NUL character cannot be passed to a program")
-    value.encode()                                # lone surrogates: UnicodeEncodeError is a ValueError
-    return shlex.quote(value)
+    """The one way a value reaches a shell: as exactly one argument. Raises ValueError for a NUL, which no argv can carry."""
+    require("\0" not in str(value), "a NUL character cannot be passed to a program")
+    str(value).encode()                           # lone surrogates: UnicodeEncodeError is a ValueError
+    return shlex.quote(str(value))
 
 
 def quote_path(path):
@@ -312,21 +296,19 @@ def nearest(word, known):
     return close[0] if close else None
 
 
-def write_atomic(path, data, mode=0o600):
-    """Write bytes to a temporary file beside path, fsync, rename, fsync the directory. Raises OSError."""
+def write_atomic(path, data):
+    """Write bytes to a temporary file beside path (mode 0600), fsync, rename, fsync the directory. Raises OSError."""
     folder = os.path.dirname(path)
-    fd, temporary = tempfile.mkstemp(prefix=".tmp-", dir=folder)
-    try:
-        with os.fdopen(fd, "wb") as f:
+    with tempfile.NamedTemporaryFile(prefix=".tmp-", dir=folder, delete=False) as f:
+        try:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+            os.replace(f.name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(f.name)
+            raise
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -339,8 +321,7 @@ def read_state(path, warn):
     try:
         with open(path, "rb") as f:
             got = json.loads(f.read())
-        if not isinstance(got, dict):
-            raise ValueError("not an object")
+        require(isinstance(got, dict), "not an object")
         return got
     except FileNotFoundError:
         return {}
@@ -472,6 +453,34 @@ class Cancelled(Exception):
     """The running swap was told to stop."""
 
 
+def run_process(argv, timeout_s, cancel=None):
+    """Run a program to its end -> Result: ok, failed or time_out. Raises OSError if it cannot start, Cancelled once cancel is set."""
+    deadline, read = time.monotonic() + timeout_s, {"out": bytearray(), "err": bytearray()}
+    process = spawn(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        with selectors.DefaultSelector() as ready:
+            ready.register(process.stdout, selectors.EVENT_READ, "out")
+            ready.register(process.stderr, selectors.EVENT_READ, "err")
+            while ready.get_map():
+                for key, _ in ready.select(min(0.1, max(0.0, deadline - time.monotonic()))):
+                    chunk = os.read(key.fd, 65536)
+                    read[key.data] += chunk
+                    if not chunk:
+                        ready.unregister(key.fileobj)
+                if cancel and cancel.is_set():
+                    raise Cancelled()
+                if deadline <= time.monotonic():
+                    raise subprocess.TimeoutExpired(argv, timeout_s)
+                if len(read["out"]) + len(read["err"]) > OUTPUT_MAX:
+                    return Result("failed", -1, "", f"more than {OUTPUT_MAX >> 20} MiB of output")
+        code = process.wait(max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return Result("time_out", -1, "", f"no end within {timeout_s:.3g} s")
+    finally:
+        end_process(process)
+    return Result("failed" if code else "ok", code, *(b.decode("utf-8", "replace") for b in read.values()))
+
+
 class Hosts:
     """Runs scripts on Sparks. Safe to call from any thread."""
 
@@ -512,63 +521,25 @@ class Hosts:
         return self._run_once(spark, script, timeout_s, cancel) if stale else result
 
     def _run_once(self, spark, script, timeout_s, cancel):
-        deadline, read = time.monotonic() + timeout_s, {"out": bytearray(), "err": bytearray()}
         try:
-            process = spawn(self.argv(spark, script), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            got = run_process(self.argv(spark, script), timeout_s, cancel)
         except OSError as e:
             return Result("unreachable", -1, "", f"{e.filename}: {e.strerror}; install openssh-client")
-        try:
-            with selectors.DefaultSelector() as ready:
-                ready.register(process.stdout, selectors.EVENT_READ, "out")
-                ready.register(process.stderr, selectors.EVENT_READ, "err")
-                while ready.get_map():
-                    for key, _ in ready.select(min(0.1, max(0.0, deadline - time.monotonic()))):
-                        chunk = os.read(key.fd, 65536)
-                        read[key.data] += chunk
-                        if not chunk:
-                            ready.unregister(key.fileobj)
-                    if cancel and cancel.is_set():
-                        raise Cancelled()
-                    if deadline <= time.monotonic():
-                        return Result("time_out", -1, "", f"no end within {timeout_s:.3g} s")
-                    if len(read["out"]) + len(read["err"]) > OUTPUT_MAX:
-                        return Result("failed", -1, "", f"more than {OUTPUT_MAX >> 20} MiB of output")
-            process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            return Result("time_out", -1, "", f"no end within {timeout_s:.3g} s")
-        finally:
-            end_process(process)
-        out, err = (bytes(b).decode("utf-8", "replace") for b in read.values())
-        if process.returncode == 255 and not spark.local:
-            kind, line, _ = classify_ssh_failure(err)
-            return Result(kind, 255, out, err if "mux_client" in err else line)
-        return Result("ok" if process.returncode == 0 else "failed", process.returncode, out, err)
+        if got.code == 255 and not spark.local:
+            kind, line, _ = classify_ssh_failure(got.err)
+            return got._replace(kind=kind, err=got.err if "mux_client" in got.err else line)
+        return got
 
     def reset(self, spark):
         """Drop the shared connection: ask its master to exit, and unlink the socket if it does not."""
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            process = spawn(ssh_argv(spark, self.control_dir, extra=("-O", "exit")),
-                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            try:
-                process.wait(2)
-            finally:
-                end_process(process)
         with contextlib.suppress(OSError):
-            resolved = self._resolve(spark)
-            if path := resolved.get("controlpath"):
-                os.unlink(path)
+            run_process(ssh_argv(spark, self.control_dir, extra=("-O", "exit")), 2)
+            os.unlink(self._resolve(spark).get("controlpath", ""))
 
     def _resolve(self, spark):
-        """What `ssh -G` makes of the configuration: lower-case option -> value."""
-        process = spawn(ssh_argv(spark, self.control_dir, extra=("-G",)),
-                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        try:
-            out, _ = process.communicate(timeout=5)
-        except subprocess.TimeoutExpired:
-            return {}
-        finally:
-            end_process(process)
-        return dict(line.split(" ", 1) for line in out.decode("utf-8", "replace").splitlines() if " " in line)
+        """What `ssh -G` makes of the configuration: lower-case option -> value. Raises OSError."""
+        out = run_process(ssh_argv(spark, self.control_dir, extra=("-G",)), 5).out
+        return dict(line.split(" ", 1) for line in out.splitlines() if " " in line)
 
     def address(self, name):
         """The host for HTTP: what ssh resolves the alias to; 127.0.0.1 for `local`. Cached."""
@@ -576,19 +547,18 @@ class Hosts:
         if spark.local:
             return "127.0.0.1"
         with self._lock:
-            if name in self._addresses:
-                return self._addresses[name]
-        try:
-            found = self._resolve(spark).get("hostname") or spark.host
-        except OSError:
-            return spark.host
-        with self._lock:
-            self._addresses[name] = found
+            found = self._addresses.get(name)
+        if not found:
+            try:
+                found = self._resolve(spark).get("hostname") or spark.host
+            except OSError:
+                return spark.host
+            with self._lock:
+                self._addresses[name] = found
         return found
 
     def each(self, hosts, job):
         """job(name) for several Sparks at once -> {name: what it returned}; an exception is raised to the caller."""
-        hosts = list(hosts)
         with ThreadPoolExecutor(max(1, len(hosts))) as pool:
             return dict(zip(hosts, pool.map(job, hosts)))
 
@@ -603,10 +573,7 @@ class Hosts:
 def remedy_for(result, spark):
     """What to do about a Result that did not reach its Spark."""
     target = f"{spark.user}@{spark.host}" if spark.user else spark.host
-    for _, kind, remedy in SSH_FAILURES:
-        if kind == result.kind:
-            return remedy.format(target=target)
-    return ""
+    return next((remedy.format(target=target) for _, kind, remedy in SSH_FAILURES if kind == result.kind), "")
 
 
 # === 4 catalog ================================================================
