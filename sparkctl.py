@@ -115,7 +115,7 @@ def number(low, high, whole=False):
 def matching(pattern, message):
     """A parser of texts that the pattern matches whole."""
     def parse(value):
-        require(re.fullmatch(pattern, value, re.ASCII), message)
+        require(isinstance(value, str) and re.fullmatch(pattern, value, re.ASCII), message)
         return value
     return parse
 
@@ -610,18 +610,15 @@ class ModelDef:
 
     def public(self):
         knobs, env = ({k: "***" if SECRETISH.search(k) else v for k, v in pairs} for pairs in (self.knobs, self.env))
-        got = {"key": self.key, "name": self.name, "mode": self.mode, "aliases": list(self.aliases), "knobs": knobs,
-               "args": list(self.args), "env": env, "image": self.image or None, "size_gb": self.size_gb or None,
-               "description": self.description, "added": self.added, "served_names": list(self.served_names)}
-        got["local_path" if self.local_path else "repo"] = self.source
+        got = {**vars(self), "knobs": knobs, "env": env, "image": self.image or None, "size_gb": self.size_gb or None}
+        del got["repo" if self.local_path else "local_path"]
         return got
 
 
 def validate_repo(value):
     """A Hugging Face `org/name`, by the hub's own rules (huggingface_hub utils/_validators.py). Raises ValueError."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", value, re.ASCII) or len(value) > 96 \
-            or "--" in value or ".." in value or value.endswith((".git", "-", ".")) or "./" in value or "-/" in value:
-        raise ValueError("must be a Hugging Face repo `org/name`")
+    require(re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", value, re.ASCII) and len(value) <= 96
+            and not re.search(r"--|\.\.|\./|-/|(\.git|-|\.)$", value), "must be a Hugging Face repo `org/name`")
     return value
 
 
@@ -630,25 +627,19 @@ def validate_local_path(value, roots):
 
     Colons and commas would change what docker's -v and --mount mean; `..` and other spellings could leave the roots.
     """
-    if not value.startswith("/"):
-        raise ValueError("must be an absolute path")
-    if any(ord(c) < 32 or ord(c) == 127 for c in value) or ":" in value or "," in value:
-        raise ValueError("must not contain control characters, colons or commas")
-    if len(value) > 1024 or value.startswith("//") or os.path.normpath(value) != value:
-        raise ValueError("must be normalised: no `..`, no double or trailing slash, at most 1024 characters")
-    if not any(value.startswith(root.rstrip("/") + "/") for root in roots):
-        raise ValueError(f"must be below one of {', '.join(roots)} (LOCAL_MODEL_ROOTS)")
+    require(value.startswith("/"), "must be an absolute path")
+    require(not re.search(r"[\x00-\x1f\x7f:,]", value), "must not contain control characters, colons or commas")
+    require(len(value) <= 1024 and not value.startswith("//") and os.path.normpath(value) == value,
+            "must be normalised: no `..`, no double or trailing slash, at most 1024 characters")
+    require(any(value.startswith(root.rstrip("/") + "/") for root in roots), f"must be below one of {', '.join(roots)} (LOCAL_MODEL_ROOTS)")
     return value
 
 
 def expect(kind, value):
-    """value if it is of the kind, else ValueError that names the kind. Kinds: text, number, bool, list, mapping."""
-    ok = {"text": isinstance(value, str), "bool": isinstance(value, bool),
-          "number": isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
-          "whole number": isinstance(value, int) and not isinstance(value, bool),
-          "list": isinstance(value, list), "mapping": isinstance(value, dict)}[kind]
-    if not ok:
-        raise ValueError(f"must be a {kind}")
+    """value if it is of the kind, else ValueError that names the kind."""
+    types = {"text": str, "bool": bool, "number": (int, float), "whole number": int, "list": list, "mapping": dict}[kind]
+    require(isinstance(value, types) and (kind == "bool" or not isinstance(value, bool)), f"must be a {kind}")
+    require(kind != "number" or math.isfinite(value), "must be a number")
     return printable(value, 4000) if kind == "text" and not value.isascii() else value
 
 
@@ -658,64 +649,48 @@ def plain(value):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list):
         return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value) or not isinstance(value, (str, int, float, bool, type(None))):
-        raise ValueError(f"{value!r} is neither text, number, true, false, list nor mapping: quote it")
-    if isinstance(value, int) and abs(value) >= 1 << 63:
-        raise ValueError("is too large a number")
+    require(value is None or isinstance(value, (str, int)) or isinstance(value, float) and math.isfinite(value),
+            f"{value!r} is neither text, number, true, false, list nor mapping: quote it")
+    require(not isinstance(value, int) or abs(value) < 1 << 63, "is too large a number")
     if isinstance(value, str):
         quote_arg(value)                        # no NUL, valid Unicode
     return value
 
 
 def parse_knobs(value):
-    for k, v in expect("mapping", value).items():
-        if not KNOB.fullmatch(str(k)):
-            raise ValueError(f"{k!r} is not a flag name (write it without leading dashes)")
-        if str(k).replace("_", "-") in OURS:
-            raise ValueError(f"{k} is set by sparkctl or the launcher")
+    for k in expect("mapping", value):
+        require(KNOB.fullmatch(str(k)), f"{k!r} is not a flag name (write it without leading dashes)")
+        require(str(k).replace("_", "-") not in OURS, f"{k} is set by sparkctl or the launcher")
     return tuple((str(k), plain(v)) for k, v in value.items())
 
 
 def parse_env(value):
     for k, v in expect("mapping", value).items():
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(k)) or isinstance(v, (dict, list, type(None))):
-            raise ValueError(f"{k} must be an environment name with a text or a number")
+        require(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(k)) and not isinstance(v, (dict, list, type(None))),
+                f"{k} must be an environment name with a text or a number")
     return tuple((str(k), "1" if v is True else "0" if v is False else str(plain(v))) for k, v in value.items())
 
 
 def parse_names(value):
     for alias in expect("list", value):
-        if not isinstance(alias, str) or not re.fullmatch(r"[A-Za-z0-9][\w./:-]{0,127}", alias, re.ASCII):
-            raise ValueError(f"{alias!r} is not a model name (letters, digits, . _ / : -)")
+        require(isinstance(alias, str) and re.fullmatch(r"[A-Za-z0-9][\w./:-]{0,127}", alias, re.ASCII),
+                f"{alias!r} is not a model name (letters, digits, . _ / : -)")
     return tuple(dict.fromkeys(value))
 
 
-def choice(*allowed):
-    def parse(value):
-        if value not in allowed:
-            raise ValueError(f"must be one of {', '.join(allowed)}")
-        return value
-    return parse
-
-
-def image_name(value):
-    if not re.fullmatch(r"[A-Za-z0-9][\w./:@-]{0,254}", expect("text", value), re.ASCII):
-        raise ValueError("must be a container image")
-    return value
-
-
 MODEL_FIELDS = {
-    "name": lambda v: printable(expect("text", v), 200), "repo": lambda v: validate_repo(expect("text", v)), "mode": choice("solo", "cluster"),
-    "aliases": parse_names, "knobs": parse_knobs, "args": lambda v: tuple(str(plain(a)) for a in expect("list", v)),
-    "env": parse_env, "image": image_name, "description": lambda v: expect("text", v)[:2000],
-    "size_gb": lambda v: float(expect("number", v)),
+    "name": lambda v: printable(expect("text", v), 200), "repo": lambda v: validate_repo(expect("text", v)),
+    "mode": matching("solo|cluster", "must be one of solo, cluster"), "aliases": parse_names, "knobs": parse_knobs, "env": parse_env,
+    "args": lambda v: tuple(str(plain(a)) for a in expect("list", v)),
+    "image": matching(r"[A-Za-z0-9][\w./:@-]{0,254}", "must be a container image"),
+    "description": lambda v: expect("text", v)[:2000], "size_gb": lambda v: float(expect("number", v)),
 }
 
 
 def parse_model(key, entry, roots, **more):
     """One catalog entry -> (ModelDef or None, [(field, message)])."""
     if not isinstance(key, str) or not KEY.fullmatch(key):
-        return None, [("", f"the key {key!r} must match [a-z0-9][a-z0-9._-]{{0,63}}")]
+        return None, [("", f"the key {key!r} must match {KEY.pattern}")]
     if not isinstance(entry, dict):
         return None, [("", "must be a mapping")]
     fields, wrong = {}, []
@@ -739,21 +714,14 @@ def claim_names(models, file):
 
     A name that two models claim would make requests go to either, so neither gets it; a key always stays its own.
     """
-    claims = collections.defaultdict(list)
-    for m in models.values():
-        for name in dict.fromkeys((m.key, m.repo, *m.aliases)):
-            if name:
-                claims[name].append(m.key)
+    wanted = {m.key: list(dict.fromkeys(filter(None, (m.key, m.repo, *m.aliases)))) for m in models.values()}
+    claims = collections.Counter(name for wishes in wanted.values() for name in wishes)
     out, problems = {}, []
     for m in models.values():
-        mine = []
-        for name in dict.fromkeys((m.key, m.repo, *m.aliases)):
-            others = [k for k in claims[name] if k != m.key] if name else []
-            if others:
-                problems.append(Problem(file, m.key, "", f"the name {name} is claimed by {', '.join(others)} too"))
-            if name and (not others or name == m.key):
-                mine.append(name)
-        out[m.key] = dataclasses.replace(m, served_names=tuple(mine))
+        for name in (n for n in wanted[m.key] if claims[n] > 1):
+            others = ", ".join(k for k in wanted if k != m.key and name in wanted[k])
+            problems.append(Problem(file, m.key, "", f"the name {name} is claimed by {others} too"))
+        out[m.key] = dataclasses.replace(m, served_names=tuple(n for n in wanted[m.key] if n == m.key or claims[n] == 1))
     return out, problems
 
 
@@ -789,42 +757,40 @@ def read_yaml(path, must_exist=False):
         raise ValueError(f"{f'line {mark.line + 1}: ' if mark else ''}{getattr(e, 'problem', None) or 'not YAML'}") from None
     except (UnicodeDecodeError, RecursionError) as e:
         raise ValueError(f"not readable as UTF-8 YAML ({type(e).__name__})") from None
-    if got is None:
-        return {}
-    if not isinstance(got, dict):
-        raise ValueError("must be a mapping at the top")
-    return got
+    require(got is None or isinstance(got, dict), "must be a mapping at the top")
+    return got or {}
+
+
+def read_sections(file, doc, known, problems):
+    """The sections of a YAML file: for each known name what stands under it, or its empty value. Adds what is wrong to problems."""
+    for name in set(map(str, doc)) - set(known):
+        problems.append(Problem(file, name, "", f"is not known here (known: {', '.join(sorted(known))})"))
+    for name, empty in known.items():
+        fits = isinstance(doc.get(name) or empty, type(empty))
+        if not fits:
+            problems.append(Problem(file, name, "", f"must be a {'mapping' if empty == {} else 'list'}"))
+        yield doc.get(name) or empty if fits else empty
 
 
 def parse_catalog(base, overrides, roots, base_file="models.yaml", overrides_file="models-overrides.yaml"):
     """Two parsed YAML files -> ({key: ModelDef}, [Problem]). Pure; never raises for what stands in them."""
     problems, models = [], {}
-    for file, doc, known in ((base_file, base, {"models"}), (overrides_file, overrides, {"models", "knobs", "hidden"})):
-        for name in set(map(str, doc)) - known:
-            problems.append(Problem(file, name, "", f"is not known here (known: {', '.join(sorted(known))})"))
-    for file, doc, added in ((base_file, base, False), (overrides_file, overrides, True)):
-        entries = doc.get("models") or {}
-        if not isinstance(entries, dict):
-            problems.append(Problem(file, "models", "", "must be a mapping of key: entry"))
-            continue
+    shipped, = read_sections(base_file, base, {"models": {}}, problems)
+    own, knobs, hidden = read_sections(overrides_file, overrides, {"models": {}, "knobs": {}, "hidden": []}, problems)
+    for file, entries, added in ((base_file, shipped, False), (overrides_file, own, True)):
         for key, entry in entries.items():
             model, wrong = parse_model(key, entry, roots, added=added)
             problems += [Problem(file, str(key), field, message) for field, message in wrong]
             if model:
                 models[key] = model
-    knobs = overrides.get("knobs") or {}
-    for key, change in knobs.items() if isinstance(knobs, dict) else ():
+    for key, change in knobs.items():
         try:
-            if key not in models:
-                raise ValueError("is not a model of the catalog")
+            require(key in models, "is not a model of the catalog")
             merged = {**dict(models[key].knobs), **dict(parse_knobs(change))}
             models[key] = dataclasses.replace(models[key], knobs=tuple((k, v) for k, v in merged.items() if v is not None))
         except ValueError as e:
             problems.append(Problem(overrides_file, f"knobs.{key}", "", str(e)))
-    hidden = overrides.get("hidden") or []
-    for key in hidden if isinstance(hidden, list) else ():
-        models.pop(key, None)
-    models, clashes = claim_names(models, base_file)
+    models, clashes = claim_names({k: m for k, m in models.items() if k not in hidden}, base_file)
     return models, problems + clashes
 
 
