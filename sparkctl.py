@@ -69,6 +69,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -272,11 +273,14 @@ def quote_arg(value):
     return shlex.quote(str(value))
 
 
+def quote_all(values):
+    return " ".join(map(quote_arg, values))
+
+
 def quote_path(path):
     """Like quote_arg, for a path on the Spark whose leading ~/ means that user's home."""
-    if path == "~":
-        return '"$HOME"'
-    return '"$HOME"/' + quote_arg(path[2:]) if path.startswith("~/") else quote_arg(path)
+    home, _, rest = path.partition("/")
+    return '"$HOME"/' + quote_arg(rest) if home == "~" else quote_arg(path)
 
 
 def printable(line, limit=4000):
@@ -637,8 +641,8 @@ def validate_local_path(value, roots):
 
 def expect(kind, value):
     """value if it is of the kind, else ValueError that names the kind."""
-    types = {"text": str, "bool": bool, "number": (int, float), "whole number": int, "list": list, "mapping": dict}[kind]
-    require(isinstance(value, types) and (kind == "bool" or not isinstance(value, bool)), f"must be a {kind}")
+    wanted = {"text": str, "bool": bool, "number": (int, float), "whole number": int, "list": list, "mapping": dict}[kind]
+    require(isinstance(value, wanted) and (kind == "bool" or not isinstance(value, bool)), f"must be a {kind}")
     require(kind != "number" or math.isfinite(value), "must be a number")
     return printable(value, 4000) if kind == "text" and not value.isascii() else value
 
@@ -801,7 +805,6 @@ WORDS = ("model", "served_names", "container", "port", "extra_args", "env", "mou
 WORD = re.compile(r"\{(%s)\}" % "|".join(WORDS))
 WORDS_OF = {"stop": ("container", "port"), "alive": ("container", "port"), "logs": ("container", "port", "since"),
             "launch": tuple(w for w in WORDS if w != "since")}     # what is known when the command runs
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -860,69 +863,56 @@ def quoted_words(template):
     return bad
 
 
+def fields_of(entry, **defaults):
+    """The values of a mapping's fields, in the order of defaults; null counts as not given. Raises ValueError for any other field."""
+    for name in sorted(str(name) for name in expect("mapping", entry) if name not in defaults):
+        raise ValueError(f"{name}: is not one of {', '.join(defaults)}")
+    return {**defaults, **{name: value for name, value in entry.items() if value is not None}}.values()
+
+
 def parse_template(entry):
     """A backend entry -> Template. Raises ValueError."""
-    fields = {}
-    for name, value in expect("mapping", entry).items():
-        if name not in Template._fields:
-            raise ValueError(f"{name}: is not one of {', '.join(Template._fields)}")
-        fields[name] = expect("text", value).strip()
-        if "\0" in value or not value.strip():
-            raise ValueError(f"{name}: must be a command")
+    got = Template(*(expect("text", value).strip() for value in fields_of(entry, stop="", launch="", logs="", alive="")))
+    for name, value in got._asdict().items():
+        require("\0" not in value and (value or name not in entry), f"{name}: must be a command")
         if bad := quoted_words(value):
             raise ValueError(f"{name}: {{{bad[0]}}} stands inside quotes, which would undo its quoting; take the quotes away")
-        if unknown := [w for w in WORD.findall(value) if w not in WORDS_OF[name]]:
-            raise ValueError(f"{name}: {{{unknown[0]}}} is not known to this command (known: {', '.join(WORDS_OF[name])})")
-    if not fields.get("stop") or not fields.get("launch"):
-        raise ValueError("needs both stop and launch")
-    return Template(**fields)
+        for word in WORD.findall(value):
+            require(word in WORDS_OF[name], f"{name}: {{{word}}} is not known to this command (known: {', '.join(WORDS_OF[name])})")
+    require(got.stop and got.launch, "needs both stop and launch")
+    return got
 
 
-def parse_slot(name, entry, sparks, backends):
-    unknown = set(entry) - {"hosts", "port", "container", "backend"}
-    if unknown:
-        raise ValueError(f"{sorted(map(str, unknown))[0]}: is not one of hosts, port, container, backend")
-    hosts = entry.get("hosts", list(sparks))
-    if not isinstance(hosts, list) or not hosts or len(set(map(str, hosts))) != len(hosts):
-        raise ValueError("hosts: must be a list of different Sparks")
+def parse_slot(name, entry, sparks, backends, others):
+    """A slot that shares neither container nor port with the others: a swap of one would stop the other. Raises ValueError."""
+    hosts, port, container, backend = fields_of(entry, hosts=list(sparks), port=8888, container="vllm_node", backend="launch-cluster")
+    require(isinstance(hosts, list) and hosts and len(set(map(str, hosts))) == len(hosts), "hosts: must be a list of different Sparks")
     for host in hosts:
-        if not isinstance(host, str) or host not in sparks:
-            raise ValueError(f"hosts: {host} is not configured (known: {', '.join(sparks) or 'none'})")
-    port = expect("whole number", entry.get("port", 8888))
-    if not 1 <= port <= 65535:
-        raise ValueError("port: must be from 1 to 65535")
-    backend = expect("text", entry.get("backend", "launch-cluster"))
-    if backend != "launch-cluster" and backend not in backends:
-        raise ValueError(f"backend: {backend} is not defined")
-    return Slot(name, tuple(hosts), port, container_name(str(entry.get("container", "vllm_node"))), backend)
+        require(isinstance(host, str) and host in sparks, f"hosts: {host} is not configured (known: {', '.join(sparks) or 'none'})")
+    require(1 <= expect("whole number", port) <= 65535, "port: must be from 1 to 65535")
+    require(expect("text", backend) == "launch-cluster" or backend in backends, f"backend: {backend} is not defined")
+    container = container_name(str(container))
+    for other in others:
+        theirs = f"is slot {other.name}'s already; this slot is left out"
+        require(container != other.container or not set(hosts) & set(other.hosts), f"container: {container} {theirs}")
+        require((port, hosts[0]) != (other.port, other.hosts[0]), f"port: {port} {theirs}")
+    return Slot(name, tuple(hosts), port, container, backend)
 
 
 def parse_service(name, entry, base, sparks):
-    entry = expect("mapping", entry or {})
-    unknown = set(entry) - {"kind", "host", "port", "name", "container", "health", "url", "user"}
-    if unknown:
-        raise ValueError(f"{sorted(map(str, unknown))[0]}: is not a field of a service")
-    kind = entry.get("kind", base.kind if base else None)
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"kind: must be one of {', '.join(KINDS)}")
-    host = expect("text", entry.get("host", base.host if base else ""))
-    if host and host not in sparks:
-        raise ValueError(f"host: {host} is not configured (known: {', '.join(sparks) or 'none'})")
-    port = entry.get("port", base.port if base else 0)
-    if not isinstance(port, int) or not 0 <= port <= 65535:
-        raise ValueError("port: must be a whole number up to 65535")
-    health = expect("text", entry.get("health") or "") or (base.health if base else "") or KINDS[kind]
-    url = expect("text", entry.get("url") or "")
-    if not health.startswith("/"):
-        raise ValueError("health: must start with /")
-    if url and not re.match(r"https?://", url):
-        raise ValueError("url: must start with http:// or https://")
-    if not url and not (host and port):
-        raise ValueError("needs host and port, or url")
-    container = expect("text", entry.get("container") or "") or (base.container if base else "")
-    return Service(name, kind, host, port, printable(str(entry.get("name") or (base.label if base else "") or name), 200),
-                   container_name(container) if container else "", health, url, user_name(str(entry.get("user") or "")),
-                   bool(base), True)
+    """A service; what its entry leaves out is as in base, the built-in one of that name, if there is one. Raises ValueError."""
+    builtin, base = bool(base), base or Service(name, "")
+    kind, host, port, label, container, health, url, user = fields_of(
+        entry or {}, kind=base.kind, host=base.host, port=base.port, name="", container=base.container, health="", url="", user="")
+    require(isinstance(kind, str) and kind in KINDS, f"kind: must be one of {', '.join(KINDS)}")
+    require(not expect("text", host) or host in sparks, f"host: {host} is not configured (known: {', '.join(sparks) or 'none'})")
+    require(isinstance(port, int) and 0 <= port <= 65535, "port: must be a whole number up to 65535")
+    health, url, container = (expect("text", v) for v in (health or base.health or KINDS[kind], url, container))
+    require(health.startswith("/"), "health: must start with /")
+    require(not url or re.match(r"https?://", url), "url: must start with http:// or https://")
+    require(url or host and port, "needs host and port, or url")
+    return Service(name, kind, host, port, printable(str(label or base.label or name), 200), container and container_name(container),
+                   health, url, user_name(str(user)), builtin, True)
 
 
 class Layout(NamedTuple):
@@ -935,50 +925,26 @@ def parse_layout(doc, sparks, settings, file="services-overrides.yaml"):
     """The parsed services file -> (Layout, [Problem]). Pure; a bad entry is reported and skipped."""
     problems, backends, slots, services = [], {}, {}, {}
 
-    def section(name):
-        got = doc.get(name) or {}
-        if not isinstance(got, dict):
-            problems.append(Problem(file, name, "", "must be a mapping"))
-            return
-        for key, entry in got.items():
+    def read(section, entries, parse, into):
+        for key, entry in entries.items():
             try:
-                if not isinstance(key, str) or not NAME.fullmatch(key):
-                    raise ValueError("the name must match [a-z0-9][a-z0-9._-]{0,63}")
-                yield key, entry
-            except ValueError as e:
-                problems.append(Problem(file, f"{name}.{key}", "", str(e)))
+                require(isinstance(key, str) and KEY.fullmatch(key), f"the name must match {KEY.pattern}")
+                into[key] = parse(key, entry)
+            except (ValueError, TypeError, AttributeError, OverflowError) as e:
+                field, _, rest = str(e).partition(": ")
+                told = (field, rest) if rest and " " not in field else ("", str(e))
+                problems.append(Problem(file, f"{section}.{key}", *told))
 
-    def attempt(where, parse, into, *args):
-        try:
-            into[args[0]] = parse(*args)
-        except (ValueError, TypeError, AttributeError, OverflowError) as e:
-            field, _, rest = str(e).partition(": ")
-            plain_field = field if rest and " " not in field else ""
-            problems.append(Problem(file, f"{where}.{args[0]}", plain_field, rest if plain_field else str(e)))
-
-    for name in set(map(str, doc)) - {"slots", "backends", "services"}:
-        problems.append(Problem(file, name, "", "is not known here (known: backends, services, slots)"))
-    for key, entry in section("backends"):
-        attempt("backends", lambda k, e: parse_template(e), backends, key, entry)
-    for key, entry in section("slots"):
-        attempt("slots", lambda k, e: parse_slot(k, expect("mapping", e), sparks, backends), slots, key, entry)
+    commands, places, others = read_sections(file, doc, {"backends": {}, "slots": {}, "services": {}}, problems)
+    read("backends", commands, lambda key, entry: parse_template(entry), backends)
+    read("slots", places, lambda key, entry: parse_slot(key, entry, sparks, backends, slots.values()), slots)
     if not doc.get("slots") and sparks:
         slots["main"] = Slot("main", tuple(sparks), settings["VLLM_PORT"], settings["VLLM_CONTAINER"], "launch-cluster")
     last = list(sparks)[-1] if sparks else ""
     builtin = {n: Service(n, kind, last, port, n.title(), "", KINDS[kind], "", "", True) for n, kind, port in BUILTINS}
     services.update(builtin)
-    for key, entry in section("services"):
-        attempt("services", lambda k, e: parse_service(k, e, builtin.get(k), sparks), services, key, entry)
-    kept = {}
-    for slot in slots.values():                 # a swap of one would stop the other
-        clash = next(((what, other) for other in kept.values() for what, same in (
-            ("container", slot.container == other.container and set(slot.hosts) & set(other.hosts)),
-            ("port", (slot.port, slot.hosts[0]) == (other.port, other.hosts[0]))) if same), None)
-        if clash:
-            problems.append(Problem(file, f"slots.{slot.name}", clash[0], f"{getattr(slot, clash[0])} is slot {clash[1].name}'s already; this slot is left out"))
-        else:
-            kept[slot.name] = slot
-    return Layout(kept, backends, services), problems
+    read("services", others, lambda key, entry: parse_service(key, entry, builtin.get(key), sparks), services)
+    return Layout(slots, backends, services), problems
 
 
 class Config(NamedTuple):
@@ -1027,7 +993,7 @@ class ConfigStore:
         models, wrong = parse_catalog(self._good["models"], self._good["overrides"], self.settings["LOCAL_MODEL_ROOTS"],
                                       files["models"], files["overrides"])
         layout, wrong_layout = parse_layout(self._good["services"], self.sparks, self.settings, files["services"])
-        self.current = Config(self.settings, self.sparks, models, layout, tuple(broken + wrong + wrong_layout))
+        self.current = Config(self.settings, self.sparks, models, layout, (*broken, *wrong, *wrong_layout))
         return True
 
 
@@ -1035,7 +1001,6 @@ class ConfigStore:
 # Pure builders of shell text. Every value passes quote_arg; templates come from the owner's own YAML file.
 # launch-cluster is eugr/spark-vllm-docker's launcher, whose exit codes mean little: what it left is looked at.
 
-LAUNCHER_WORD = re.compile(r"\{(launch_dir|launch_flags|stop_flags|docker_args|command|container)\}")
 # The container's own first process and a Ray cluster's daemons outlive the engine, so they do not count as one.
 ENGINE_ALIVE = ("docker top {container} -eo pid,args 2>/dev/null | tail -n +2 | grep -Evq "
                 "'(sleep infinity|earlyoom|docker-init|tini|ray start|ray::|raylet|gcs_server|/ray/)'")
@@ -1074,20 +1039,18 @@ def engine_args(model, slot, template=""):
     argv += [] if "{port}" in template else ["--port", str(slot.port)]
     if model.mode == "cluster" and len(slot.hosts) > 1 and not given & {"tensor-parallel-size", "tp", "pipeline-parallel-size"}:
         argv += ["--tensor-parallel-size", str(len(slot.hosts))]
-    return argv + knob_args(model.knobs) + list(model.args)
+    return [*argv, *knob_args(model.knobs), *model.args]
 
 
 def fill(template, words):
-    """Substitute {words} in one pass, so that a value which looks like a word is not substituted again."""
-    pattern = LAUNCHER_WORD if "launch_dir" in words else WORD
-    return pattern.sub(lambda m: words.get(m[1], ""), template)
+    """Substitute {words} in one pass, so that a value which looks like a word is not substituted again; other braces stay."""
+    return re.sub(r"\{([a-z_]+)\}", lambda m: words.get(m[1], m[0]), template)
 
 
 def template_words(model, slot, template):
     """The {words} of a command template for model, each value quoted."""
     return {"model": quote_arg(model.source), "container": quote_arg(slot.container), "port": quote_arg(slot.port),
-            "served_names": " ".join(map(quote_arg, model.served_names)),
-            "extra_args": " ".join(map(quote_arg, engine_args(model, slot, template.launch))),
+            "served_names": quote_all(model.served_names), "extra_args": quote_all(engine_args(model, slot, template.launch)),
             "env": " ".join("-e " + quote_arg(f"{k}={v}") for k, v in model.env),
             "mounts": "-v " + quote_arg(f"{model.local_path}:{model.local_path}") if model.local_path else ""}
 
@@ -1098,21 +1061,18 @@ def launcher_words(model, slot, launch_dir, flags):
     Raises ValueError for a local path that the launcher, which splits its docker arguments and reads them again in
     a shell on the workers, would not carry unchanged.
     """
-    docker_args = ""
-    if model.local_path:
-        if not re.fullmatch(r"[\w./+@=-]+", model.local_path):
-            raise ValueError("local_path: launch-cluster.sh cannot mount a path with spaces or shell characters; "
-                             "rename the directory, or give the slot a command template as its backend")
-        docker_args = "VLLM_SPARK_EXTRA_DOCKER_ARGS=" + quote_arg(f"-v {model.local_path}:{model.local_path}")
+    require(re.fullmatch(r"[\w./+@=-]*", model.local_path), "local_path: launch-cluster.sh cannot mount a path with spaces or shell "
+            "characters; rename the directory, or give the slot a command template as its backend")
+    mount = quote_arg(f"-v {model.local_path}:{model.local_path}")
+    solo = ["--solo"] if model.mode == "solo" or len(slot.hosts) == 1 else []
     named = ["--name", slot.container] if "--name" in flags or slot.container != "vllm_node" else []
     image = ["-t", model.image] if model.image else []
-    solo = ["--solo"] if model.mode == "solo" or len(slot.hosts) == 1 else []
     # `env` because bash would not take a quoted NAME=value for an assignment
-    command = (["env", *(f"{k}={v}" for k, v in model.env)] if model.env else []) + \
-        ["vllm", "serve", model.source, *engine_args(model, slot)]
-    return {"launch_dir": quote_path(launch_dir), "docker_args": docker_args, "container": quote_arg(slot.container),
-            "launch_flags": " ".join(map(quote_arg, [*solo, *named, *image, "-d"])),
-            "command": " ".join(map(quote_arg, command))}
+    env = ["env", *(f"{k}={v}" for k, v in model.env)] if model.env else []
+    return {"launch_dir": quote_path(launch_dir), "container": quote_arg(slot.container),
+            "docker_args": f"VLLM_SPARK_EXTRA_DOCKER_ARGS={mount}" if model.local_path else "",
+            "launch_flags": quote_all([*solo, *named, *image, "-d"]),
+            "command": quote_all([*env, "vllm", "serve", model.source, *engine_args(model, slot)])}
 
 
 def build_launch_command(model, slot, launch_dir="~/spark-vllm-docker", flags=frozenset(("--name",)), template=None):
@@ -1328,16 +1288,6 @@ class Probe(NamedTuple):
     detail: str = ""
 
 
-class _Received:
-    """Bytes in a socket's clothes, for http.client to parse."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def makefile(self, *_):
-        return io.BytesIO(self.data)
-
-
 class Endpoint(NamedTuple):
     host: str
     port: int
@@ -1370,7 +1320,8 @@ class Endpoint(NamedTuple):
                 data += chunk or b""
                 if time.monotonic() >= deadline:
                     raise TimeoutError()
-        reply = http.client.HTTPResponse(_Received(bytes(data)), method=method)
+        # http.client parses what it reads from a socket: bytes in a socket's clothes
+        reply = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: io.BytesIO(data)), method=method)
         reply.begin()
         return reply.status, reply.read()
 
@@ -1451,11 +1402,9 @@ FATAL = (       # (pattern, error code, what happened, what to do); first match 
     (r"Unable to find image '([^']+)'|No such image: (\S+)|pull access denied for (\S+),", "image_missing", "the image {0} is not on the Spark", "build or pull the image"),
     (r"Docker image mismatch", "image_mismatch", "the Sparks have different images", "copy the image: ./build-and-copy.sh --copy-to"),
     (r"Command requires (\d+) nodes", "too_few_sparks", "the model wants {0} Sparks", "give the slot more hosts, or lower tensor-parallel-size"),
+    (r"EngineCore failed to start|Engine core initialization failed|WorkerProc failed to start|Worker proc .* died unexpectedly",
+     "engine_failed", "the engine failed to start", "read the log above for the cause"),         # only a summary, so the last
 )
-SUMMARY = (r"EngineCore failed to start|Engine core initialization failed|WorkerProc failed to start|Worker proc .* died unexpectedly",
-           "engine_failed", "the engine failed to start", "read the log above for the cause")
-_PROGRESS = tuple((re.compile(p), share, words) for p, share, words in PROGRESS)
-_FATAL = tuple((re.compile(p), *rest) for p, *rest in (*FATAL, SUMMARY))
 
 
 class Signal(NamedTuple):
@@ -1481,13 +1430,13 @@ def classify_log_line(line):
         done, total = int(m["done"]), max(1, int(m["all"]))
         what = "files" if "shards" in m["what"] else "tensors"
         return Signal("progress", 0.06 + 0.64 * min(1, done / total), f"Loading weights, {done} of {total} {what}")
-    for pattern, share, words in _PROGRESS:
-        if m := pattern.search(line):
+    for pattern, share, words in PROGRESS:
+        if m := re.search(pattern, line):
             return Signal("progress", share, _words(words, m.groups() or ("",)))
     if line.startswith(("WARNING", "INFO")):
         return Signal("none")
-    for rank, (pattern, code, what, remedy) in enumerate(_FATAL):
-        if m := pattern.search(line):
+    for rank, (pattern, code, what, remedy) in enumerate(FATAL):
+        if m := re.search(pattern, line):
             groups = m.groups()
             if code == "image_missing":
                 groups = (next(g for g in groups if g),)
