@@ -217,7 +217,8 @@ def parse_settings(env, file_values=None, flags=None, file_label="settings.yaml"
         values[s.name], sources[s.name] = s.parse(s.default), "default"
         for label, place in (("command line", flags or {}), ("environment", env), ("file", file_values)):
             raw = place.get(s.name)
-            raw = ",".join(map(str, raw)) if isinstance(raw, (list, tuple)) else "" if raw is None else str(raw).strip()
+            raw = {None: "", True: "on", False: "off"}[raw] if raw is None or isinstance(raw, bool) else raw
+            raw = ",".join(map(str, raw)) if isinstance(raw, (list, tuple)) else str(raw).strip()
             if label == "file" and s.name == "SPARKCTL_DATA" and raw:
                 warnings.append(f"{file_label}: SPARKCTL_DATA says where this file is, so it cannot stand in it")
                 continue
@@ -419,10 +420,8 @@ SSH_FAILURES = (    # (pattern in ssh's own words, kind, what an operator does)
 def classify_ssh_failure(stderr):
     """ssh's stderr after exit 255 -> (kind, its last telling line, remedy)."""
     lines = [l.strip() for l in stderr.splitlines() if l.strip() and not l.startswith(("Warning:", "mux_client", "ControlSocket"))]
-    for pattern, kind, remedy in SSH_FAILURES:
-        if hit := [l for l in lines if re.search(pattern, l)]:
-            return kind, hit[-1], remedy
-    return "unreachable", "ssh ended without a word", SSH_FAILURES[-1][2]
+    lines = lines or ["ssh ended without a word"]       # which the last pattern matches, as it does any line
+    return next((kind, hit[-1], remedy) for pattern, kind, remedy in SSH_FAILURES if (hit := [l for l in lines if re.search(pattern, l)]))
 
 
 def ssh_argv(spark, control_dir, script=None, extra=()):
@@ -497,12 +496,11 @@ class Hosts:
     @staticmethod
     def _private_dir():
         """A new 0700 directory with a short name (a socket path has 108 bytes); those of dead predecessors go."""
-        for name in os.listdir(tempfile.gettempdir()):
-            if m := re.fullmatch(r"sparkctl-(\d+)-\w+", name):
-                path = os.path.join(tempfile.gettempdir(), name)
+        for entry in list(os.scandir(tempfile.gettempdir())):
+            if m := re.fullmatch(r"sparkctl-(\d+)-\w+", entry.name):
+                gone = os.path.exists("/proc/1") and not os.path.exists(f"/proc/{m[1]}")
                 with contextlib.suppress(OSError):
-                    if os.lstat(path).st_uid == os.getuid() and not os.path.exists(f"/proc/{m[1]}") and os.path.exists("/proc/1"):
-                        shutil.rmtree(path)
+                    shutil.rmtree(entry.path) if gone and entry.stat(follow_symlinks=False).st_uid == os.getuid() else None
         return tempfile.mkdtemp(prefix=f"sparkctl-{os.getpid()}-")
 
     def argv(self, spark, script):
@@ -732,19 +730,18 @@ def claim_names(models, file):
 class LoudLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, which YAML would let the last one win in silence."""
 
+    def loud_mapping(self, node):
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                key = self.construct_object(key_node)
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+                seen.add(key)
+        return self.construct_mapping(node, deep=True)
 
-def _mapping(loader, node, deep=False):
-    seen = set()
-    for key_node, _ in node.value:
-        if key_node.tag != "tag:yaml.org,2002:merge":
-            key = loader.construct_object(key_node, deep=True)
-            if isinstance(key, (str, int)) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
-            seen.add(key) if isinstance(key, (str, int)) else None
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
-
-LoudLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, lambda loader, node: _mapping(loader, node, True))
+LoudLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, LoudLoader.loud_mapping)
 
 
 def read_yaml(path, must_exist=False):
@@ -837,10 +834,10 @@ class Service:
     health: str = ""
     url: str = ""
     user: str = ""
-    builtin: bool = False
-    configured: bool = False
+    configured: bool = False    # by the services file, not only built in
 
 
+Layout = collections.namedtuple("Layout", "slots backends services")        # of dicts by name
 KINDS = {"vllm": "/health", "asr": "/health", "tts": "/health", "embeddings": "/health", "qdrant": "/readyz",
          "nim": "/v1/health/ready", "open-webui": "/health", "http": "/"}
 BUILTINS = (("parakeet", "asr", 8001), ("kokoro", "tts", 8880), ("embeddings", "embeddings", 8010),
@@ -901,24 +898,18 @@ def parse_slot(name, entry, sparks, backends, others):
 
 def parse_service(name, entry, base, sparks):
     """A service; what its entry leaves out is as in base, the built-in one of that name, if there is one. Raises ValueError."""
-    builtin, base = bool(base), base or Service(name, "")
+    base = base or Service(name, "")
     kind, host, port, label, container, health, url, user = fields_of(
         entry or {}, kind=base.kind, host=base.host, port=base.port, name="", container=base.container, health="", url="", user="")
     require(isinstance(kind, str) and kind in KINDS, f"kind: must be one of {', '.join(KINDS)}")
     require(not expect("text", host) or host in sparks, f"host: {host} is not configured (known: {', '.join(sparks) or 'none'})")
     require(isinstance(port, int) and 0 <= port <= 65535, "port: must be a whole number up to 65535")
-    health, url, container = (expect("text", v) for v in (health or base.health or KINDS[kind], url, container))
+    health, url, container = (expect("text", v or "") for v in (health or base.health or KINDS[kind], url, container))
     require(health.startswith("/"), "health: must start with /")
     require(not url or re.match(r"https?://", url), "url: must start with http:// or https://")
     require(url or host and port, "needs host and port, or url")
     return Service(name, kind, host, port, printable(str(label or base.label or name), 200), container and container_name(container),
-                   health, url, user_name(str(user)), builtin, True)
-
-
-class Layout(NamedTuple):
-    slots: dict
-    backends: dict
-    services: dict
+                   health, url, user_name(str(user or "")), True)
 
 
 def parse_layout(doc, sparks, settings, file="services-overrides.yaml"):
@@ -941,7 +932,7 @@ def parse_layout(doc, sparks, settings, file="services-overrides.yaml"):
     if not doc.get("slots") and sparks:
         slots["main"] = Slot("main", tuple(sparks), settings["VLLM_PORT"], settings["VLLM_CONTAINER"], "launch-cluster")
     last = list(sparks)[-1] if sparks else ""
-    builtin = {n: Service(n, kind, last, port, n.title(), "", KINDS[kind], "", "", True) for n, kind, port in BUILTINS}
+    builtin = {n: Service(n, kind, last, port, n.title(), health=KINDS[kind]) for n, kind, port in BUILTINS}
     services.update(builtin)
     read("services", others, lambda key, entry: parse_service(key, entry, builtin.get(key), sparks), services)
     return Layout(slots, backends, services), problems
@@ -1030,15 +1021,12 @@ def knob_args(knobs):
 
 
 def engine_args(model, slot, template=""):
-    """Everything after `vllm serve MODEL`, less what a command template places itself ({served_names}, {port}).
-
-    A cluster model is sharded over all Sparks of the slot unless its knobs say how.
-    """
+    """Everything after `vllm serve MODEL`, less what a command template places itself ({served_names}, {port})."""
     given = {k.replace("_", "-") for k, _ in model.knobs}
     argv = [] if "{served_names}" in template else ["--served-model-name", *model.served_names]
     argv += [] if "{port}" in template else ["--port", str(slot.port)]
     if model.mode == "cluster" and len(slot.hosts) > 1 and not given & {"tensor-parallel-size", "tp", "pipeline-parallel-size"}:
-        argv += ["--tensor-parallel-size", str(len(slot.hosts))]
+        argv += ["--tensor-parallel-size", str(len(slot.hosts))]        # over all Sparks, unless the knobs say how
     return [*argv, *knob_args(model.knobs), *model.args]
 
 
@@ -1121,8 +1109,7 @@ def make_plan(model, slot, config, flags=frozenset(("--name",)), need_gb=0):
     template = LAUNCH_CLUSTER if cluster else config.layout.backends[slot.backend]
     words = launcher_words(model, slot, settings["LAUNCH_DIR"], flags) if cluster else template_words(model, slot, template)
     # since is known only when the engine starts; the other words are quoted text that may look like a word
-    parts = re.split(r"\{since\}", template.logs)
-    logs = "\0".join(fill(part, words) for part in parts)
+    logs = "\0".join(fill(part, words) for part in template.logs.split("{since}"))
     knobs = {k.replace("_", "-"): v for k, v in model.knobs}
     launch = shown = build_launch_command(model, slot, settings["LAUNCH_DIR"], flags, None if cluster else template)
     for name, value in (*model.env, *model.knobs):
@@ -1298,10 +1285,7 @@ class Endpoint(NamedTuple):
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     def request(self, method, path, body=None, timeout_s=2.0, cancel=None):
-        """(status, bytes) of one request, all of it within timeout_s, however the bytes drip; 4 MiB at most.
-
-        Raises OSError, http.client.HTTPException, or Cancelled once the event cancel is set.
-        """
+        """(status, 4 MiB at most) of one request, within timeout_s however it drips. Raises OSError, HTTPException or Cancelled."""
         deadline, data, body = time.monotonic() + timeout_s, bytearray(), b"" if body is None else to_json(body)
         lines = [f"{method} {path} HTTP/1.1", f"Host: {self.url[7:]}", "Connection: close", "Content-Type: application/json", f"Content-Length: {len(body)}"]
         lines += [f"Authorization: Bearer {self.key}"] if self.key else []
