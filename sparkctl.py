@@ -424,13 +424,12 @@ def classify_ssh_failure(stderr):
     return next((kind, hit[-1], remedy) for pattern, kind, remedy in SSH_FAILURES if (hit := [l for l in lines if re.search(pattern, l)]))
 
 
-def ssh_argv(spark, control_dir, script=None, extra=()):
-    """The argv of one ssh call. Hosts are charset-checked and follow `--` all the same."""
+def ssh_argv(spark, control_dir, *extra):
+    """The argv of one ssh call, up to the remote command. Hosts are charset-checked and follow `--` all the same."""
     login = ("-l", spark.user) if spark.user else ()
     return ["ssh", "-T", "-x", "-a", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5",
             "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=2", "-o", "ControlMaster=auto",
-            "-o", f"ControlPath={control_dir}/%C", "-o", "ControlPersist=60", *login, *extra, "--", spark.host,
-            *(() if script is None else ("sh -c " + quote_arg(script),))]
+            "-o", f"ControlPath={control_dir}/%C", "-o", "ControlPersist=60", *login, *extra, "--", spark.host]
 
 
 def spawn(argv, **streams):
@@ -496,15 +495,16 @@ class Hosts:
     @staticmethod
     def _private_dir():
         """A new 0700 directory with a short name (a socket path has 108 bytes); those of dead predecessors go."""
-        for entry in list(os.scandir(tempfile.gettempdir())):
-            if m := re.fullmatch(r"sparkctl-(\d+)-\w+", entry.name):
-                gone = os.path.exists("/proc/1") and not os.path.exists(f"/proc/{m[1]}")
+        for name in os.listdir(tempfile.gettempdir()):
+            if m := re.fullmatch(r"sparkctl-(\d+)-\w+", name):
+                path = os.path.join(tempfile.gettempdir(), name)
                 with contextlib.suppress(OSError):
-                    shutil.rmtree(entry.path) if gone and entry.stat(follow_symlinks=False).st_uid == os.getuid() else None
+                    if os.lstat(path).st_uid == os.getuid() and not os.path.exists(f"/proc/{m[1]}") and os.path.exists("/proc/1"):
+                        shutil.rmtree(path)
         return tempfile.mkdtemp(prefix=f"sparkctl-{os.getpid()}-")
 
     def argv(self, spark, script):
-        return ["sh", "-c", script] if spark.local else ssh_argv(spark, self.control_dir, script)
+        return ["sh", "-c", script] if spark.local else [*ssh_argv(spark, self.control_dir), "sh -c " + quote_arg(script)]
 
     def run(self, name, script, timeout_s, cancel=None):
         """Run script on the Spark called name -> Result. Never raises for what the Spark does; Cancelled once cancel is set.
@@ -535,12 +535,12 @@ class Hosts:
     def reset(self, spark):
         """Drop the shared connection: ask its master to exit, and unlink the socket if it does not."""
         with contextlib.suppress(OSError):
-            run_process(ssh_argv(spark, self.control_dir, extra=("-O", "exit")), 2)
+            run_process(ssh_argv(spark, self.control_dir, "-O", "exit"), 2)
             os.unlink(self._resolve(spark).get("controlpath", ""))
 
     def _resolve(self, spark):
         """What `ssh -G` makes of the configuration: lower-case option -> value. Raises OSError."""
-        out = run_process(ssh_argv(spark, self.control_dir, extra=("-G",)), 5).out
+        out = run_process(ssh_argv(spark, self.control_dir, "-G"), 5).out
         return dict(line.split(" ", 1) for line in out.splitlines() if " " in line)
 
     def address(self, name):
@@ -845,19 +845,9 @@ BUILTINS = (("parakeet", "asr", 8001), ("kokoro", "tts", 8880), ("embeddings", "
 
 
 def quoted_words(template):
-    """The {words} that stand inside quotes of a shell template, where their own quoting would be undone."""
-    bad, quote, i = [], "", 0
-    while i < len(template):
-        c = template[i]
-        if c == "\\" and quote != "'":
-            i += 2
-            continue
-        if c in "'\"`" and (not quote or quote == c):
-            quote = "" if quote else c
-        elif quote and (m := WORD.match(template, i)):
-            bad.append(m[1])
-        i += 1
-    return bad
+    """The {words} that stand inside quotes of a shell template, or after a backslash, where their own quoting would be undone."""
+    quoted = re.finditer(r"""\\(\{\w+\}|.)|'[^']*'?|"(\\.|[^"\\])*"?|`(\\.|[^`\\])*`?""", template, re.S)
+    return [word for part in quoted for word in WORD.findall(part[0])]
 
 
 def fields_of(entry, **defaults):
@@ -1008,15 +998,13 @@ def knob_args(knobs):
     """((flag, value), …) -> argv: scalar `--k v`, true `--k`, false nothing, list `--k a b`, mapping `--k '{json}'`."""
     argv = []
     for name, value in knobs:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        words = [json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else str(v) for v in values]
         if value is True:
             argv.append(f"--{name}")
-        elif isinstance(value, dict):
-            argv += [f"--{name}", json.dumps(value, ensure_ascii=False)]
-        elif isinstance(value, (list, tuple)):
-            argv += [f"--{name}", *(json.dumps(v) if isinstance(v, (dict, list)) else str(v) for v in value)]
         elif value is not False and value is not None:
             # argparse would take a value that starts with a dash for another flag
-            argv += [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+            argv += [f"--{name}={words[0]}"] if len(words) == 1 and words[0].startswith("-") else [f"--{name}", *words]
     return argv
 
 
@@ -1325,9 +1313,7 @@ def probe_vllm_endpoint(endpoint, timeout_s=2.0):
             return Probe("foreign", detail="/v1/models refuses our key: set VLLM_API_KEY to the engine's key")
         cards = json.loads(body)["data"] if status_models == 200 else None
         served = tuple(printable(str(card["id"]), 300) for card in cards)
-        if status != 200 or not served:
-            return Probe("foreign", served, f"/health says {status}")
-        return Probe("serving", served)
+        return Probe("serving", served) if status == 200 and served else Probe("foreign", served, f"/health says {status}")
     except ConnectionRefusedError:
         return Probe("silent", detail="connection refused")
     except (OSError, http.client.HTTPException) as e:
