@@ -297,8 +297,7 @@ def to_json(value):
 
 def nearest(word, known):
     """The most similar known word, or None: for `did you mean`."""
-    close = difflib.get_close_matches(str(word)[:100], list(known), n=1, cutoff=0.6)
-    return close[0] if close else None
+    return next(iter(difflib.get_close_matches(str(word)[:100], list(known), n=1)), None)
 
 
 def write_atomic(path, data):
@@ -443,9 +442,8 @@ def end_process(process):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)
-    for stream in (process.stdin, process.stdout, process.stderr):
-        if stream:
-            stream.close()
+    for stream in filter(None, (process.stdin, process.stdout, process.stderr)):
+        stream.close()
 
 
 OUTPUT_MAX = 16 << 20           # bytes that one remote command may say
@@ -507,15 +505,12 @@ class Hosts:
         return ["sh", "-c", script] if spark.local else [*ssh_argv(spark, self.control_dir), "sh -c " + quote_arg(script)]
 
     def run(self, name, script, timeout_s, cancel=None):
-        """Run script on the Spark called name -> Result. Never raises for what the Spark does; Cancelled once cancel is set.
-
-        A shared connection that is stale or frozen is torn down, and a call that was lost with it is made once more:
-        every script of ours may be run twice without harm.
-        """
+        """Run script on the Spark called name -> Result. Never raises for what the Spark does; Cancelled once cancel is set."""
         spark = self.sparks[name]
         result = self._run_once(spark, script, timeout_s, cancel)
-        # a socket whose master died is replaced by ssh itself; a master that answers oddly, or a session that ended
-        # without a word because the master was told to exit meanwhile, deserves one more try
+        # A shared connection that is stale or frozen is torn down. A socket whose master died is replaced by ssh itself;
+        # a master that answers oddly, or a session that ended without a word because the master was told to exit
+        # meanwhile, deserves one more try: every script of ours may be run twice without harm.
         stale = result.kind == "unreachable" and re.search(r"mux_client_\w+: |without a word", result.err)
         frozen = result.kind == "time_out" and not spark.local and self._run_once(spark, "true", 5, cancel).kind != "ok"
         if frozen or stale and "mux" in result.err:
@@ -550,14 +545,11 @@ class Hosts:
             return "127.0.0.1"
         with self._lock:
             found = self._addresses.get(name)
-        if not found:
-            try:
-                found = self._resolve(spark).get("hostname") or spark.host
-            except OSError:
-                return spark.host
+        with contextlib.suppress(OSError):          # ssh could not start: not kept
+            found = found or self._resolve(spark).get("hostname") or spark.host
             with self._lock:
                 self._addresses[name] = found
-        return found
+        return found or spark.host
 
     def each(self, hosts, job):
         """job(name) for several Sparks at once -> {name: what it returned}; an exception is raised to the caller."""
@@ -625,10 +617,8 @@ def validate_repo(value):
 
 
 def validate_local_path(value, roots):
-    """A directory that may be mounted into a container, as text (nothing is looked up). Raises ValueError.
-
-    Colons and commas would change what docker's -v and --mount mean; `..` and other spellings could leave the roots.
-    """
+    """A directory that may be mounted into a container, as text (nothing is looked up). Raises ValueError."""
+    # colons and commas would change what docker's -v and --mount mean; `..` and other spellings could leave the roots
     require(value.startswith("/"), "must be an absolute path")
     require(not re.search(r"[\x00-\x1f\x7f:,]", value), "must not contain control characters, colons or commas")
     require(len(value) <= 1024 and not value.startswith("//") and os.path.normpath(value) == value,
@@ -712,10 +702,8 @@ def parse_model(key, entry, roots, **more):
 
 
 def claim_names(models, file):
-    """Give each model the names its engine will answer to -> (models, problems).
-
-    A name that two models claim would make requests go to either, so neither gets it; a key always stays its own.
-    """
+    """Give each model the names its engine will answer to -> (models, problems)."""
+    # a name that two models claim would make requests go to either, so neither gets it; a key always stays its own
     wanted = {m.key: list(dict.fromkeys(filter(None, (m.key, m.repo, *m.aliases)))) for m in models.values()}
     claims = collections.Counter(name for wishes in wanted.values() for name in wishes)
     out, problems = {}, []
@@ -1032,11 +1020,8 @@ def template_words(model, slot, template):
 
 
 def launcher_words(model, slot, launch_dir, flags):
-    """The {words} of LAUNCH_CLUSTER for model; flags are the options that this Spark's launcher knows.
-
-    Raises ValueError for a local path that the launcher, which splits its docker arguments and reads them again in
-    a shell on the workers, would not carry unchanged.
-    """
+    """The {words} of LAUNCH_CLUSTER for model; flags are the options that this Spark's launcher knows. Raises ValueError."""
+    # the launcher splits its docker arguments, and reads them again in a shell on the workers
     require(re.fullmatch(r"[\w./+@=-]*", model.local_path), "local_path: launch-cluster.sh cannot mount a path with spaces or shell "
             "characters; rename the directory, or give the slot a command template as its backend")
     mount = quote_arg(f"-v {model.local_path}:{model.local_path}")
@@ -1115,11 +1100,9 @@ def with_since(logs, since):
 # --- scripts; each is POSIX sh, runs on one Spark, and may be run twice without harm
 
 def launch_once_script(swap_id, command):
-    """Launch at most once: whoever makes the directory named after the swap launches; everybody waits for its exit code.
-
-    The launch runs in a session of its own with its output in that directory, so that neither a dropped ssh nor
-    our own death stops it half-way. Prints `since TIME` (the Spark's clock), then the launcher's output.
-    """
+    """Launch at most once; prints `since TIME` (the Spark's clock), then the launcher's output, and ends with its exit code."""
+    # Whoever makes the directory named after the swap launches; everybody waits. The launch runs in a session of its own
+    # with its output in that directory, so that neither a dropped ssh nor our own death stops it half-way.
     inner = f'echo $$ >"$1/pid"; ( {command}\n) >"$1/out" 2>&1 </dev/null; echo $? >"$1/tmp"; mv "$1/tmp" "$1/rc"'
     return f"""d="$HOME/.cache/sparkctl/"{quote_arg(swap_id)}
 mkdir -p "$HOME/.cache/sparkctl" || exit 70
@@ -1156,10 +1139,8 @@ def alive_script(alive):
 
 
 def follow_script(plan, since):
-    """The engine's log on stdout; on stderr `beat` twice a second, and at last `dead [exit code|gone]`.
-
-    The beats tell a quiet engine from a lost connection, and make the script end when nobody reads it any more.
-    """
+    """The engine's log on stdout; on stderr `beat` twice a second, and at last `dead [exit code|gone]`."""
+    # the beats tell a quiet engine from a lost connection, and make the script end when nobody reads it any more
     post_mortem = ""
     if plan.backend == "launch-cluster":
         c = quote_arg(plan.container)
@@ -1181,11 +1162,9 @@ done
 
 
 def retire_script(container):
-    """Ask the engine in the container to end, and end the container once it has.
-
-    The container's first process is `sleep`, which ignores SIGTERM: `docker stop` would wait out its 10 s. Killing
-    it while the engine lives would leak the engine's shared memory (--ipc=host), hence the order.
-    """
+    """Ask the engine in the container to end, and end the container once it has."""
+    # The container's first process is `sleep`, which ignores SIGTERM: `docker stop` would wait out its 10 s. Killing
+    # it while the engine lives would leak the engine's shared memory (--ipc=host), hence the order.
     c = quote_arg(container)
     ask = 'for d in /proc/[0-9]*; do tr "\\000" " " <"$d/cmdline" 2>/dev/null | grep -q "[v]llm serve" && kill -TERM "${d##*/}"; done; exit 0'
     return f"""t=$(docker ps -a --format '{{{{.Names}}}}') || exit 3
@@ -1216,8 +1195,8 @@ def facts_script(model, slot, config, head):
     """One look at a Spark before a swap: lines `name value`, read by parse_facts. Changes nothing."""
     lines = ["echo clock $(date +%s)", "awk '/^Mem(Total|Available):/ {print $1, $2}' /proc/meminfo 2>/dev/null"]
     if head:
-        port = f"{slot.port:04X}"
-        lines.append(f"awk '$4 == \"0A\" && $2 ~ /:{port}$/ {{print \"listening {slot.port}\"; exit}}' /proc/net/tcp /proc/net/tcp6 2>/dev/null")
+        lines.append(f"awk '$4 == \"0A\" && $2 ~ /:{slot.port:04X}$/ {{print \"listening {slot.port}\"; exit}}' "
+                     "/proc/net/tcp /proc/net/tcp6 2>/dev/null")
     if slot.backend == "launch-cluster":
         c = quote_arg(slot.container)
         lines += ["if t=$(docker ps -a --format '{{.Names}}' 2>&1); then echo docker ok; "
@@ -1299,11 +1278,9 @@ class Endpoint(NamedTuple):
 
 
 def probe_vllm_endpoint(endpoint, timeout_s=2.0):
-    """Ask an engine /health, then /v1/models -> Probe. Never raises; takes twice timeout_s at most.
-
-    vLLM refuses connections until it is ready, answers /health 503 only when its engine is dead, and guards /v1
-    but not /health with its key (vllm/entrypoints/serve/instrumentator/health.py).
-    """
+    """Ask an engine /health, then /v1/models -> Probe. Never raises; takes twice timeout_s at most."""
+    # vLLM refuses connections until it is ready, answers /health 503 only when its engine is dead, and guards /v1
+    # but not /health with its key (vllm/entrypoints/serve/instrumentator/health.py)
     try:
         status, _ = endpoint.request("GET", "/health", timeout_s=timeout_s)
         if status == 503:
@@ -1369,7 +1346,8 @@ FATAL = (       # (pattern, error code, what happened, what to do); first match 
     (r"No space left on device", "disk_full", "the Spark's disk is full", "delete models that are not needed"),
     (r"Address already in use", "port_taken", "the engine's port is taken by another process", "stop what listens on the port, or give the slot another"),
     (r"Cannot connect to the Docker daemon|docker: command not found", "docker_down", "docker does not answer on the Spark", "start docker, and let the ssh user use it"),
-    (r"Unable to find image '([^']+)'|No such image: (\S+)|pull access denied for (\S+),", "image_missing", "the image {0} is not on the Spark", "build or pull the image"),
+    (r"(?:Unable to find image|No such image:|pull access denied for) '?([^\s',]+)", "image_missing", "the image {0} is not on the Spark",
+     "build or pull the image"),
     (r"Docker image mismatch", "image_mismatch", "the Sparks have different images", "copy the image: ./build-and-copy.sh --copy-to"),
     (r"Command requires (\d+) nodes", "too_few_sparks", "the model wants {0} Sparks", "give the slot more hosts, or lower tensor-parallel-size"),
     (r"EngineCore failed to start|Engine core initialization failed|WorkerProc failed to start|Worker proc .* died unexpectedly",
@@ -1407,10 +1385,7 @@ def classify_log_line(line):
         return Signal("none")
     for rank, (pattern, code, what, remedy) in enumerate(FATAL):
         if m := re.search(pattern, line):
-            groups = m.groups()
-            if code == "image_missing":
-                groups = (next(g for g in groups if g),)
-            return Signal("fatal", 0.0, _words(what, groups)[:400], code, _words(remedy, groups), rank)
+            return Signal("fatal", 0.0, _words(what, m.groups())[:400], code, _words(remedy, m.groups()), rank)
     return Signal("none")
 
 
