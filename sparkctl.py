@@ -1254,8 +1254,8 @@ class Endpoint(NamedTuple):
     def request(self, method, path, body=None, timeout_s=2.0, cancel=None):
         """(status, 4 MiB at most) of one request, within timeout_s however it drips. Raises OSError, HTTPException or Cancelled."""
         deadline, data, body = time.monotonic() + timeout_s, bytearray(), b"" if body is None else to_json(body)
-        lines = [f"{method} {path} HTTP/1.1", f"Host: {self.url[7:]}", "Connection: close", "Content-Type: application/json", f"Content-Length: {len(body)}"]
-        lines += [f"Authorization: Bearer {self.key}"] if self.key else []
+        lines = [f"{method} {path} HTTP/1.1", f"Host: {self.url[7:]}", "Connection: close", "Content-Type: application/json",
+                 f"Content-Length: {len(body)}", *([f"Authorization: Bearer {self.key}"] if self.key else [])]
         with socket.create_connection((self.host, self.port), min(timeout_s, 5)) as s:
             s.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + body)
             while len(data) < 4 << 20:
@@ -1291,12 +1291,11 @@ def probe_vllm_endpoint(endpoint, timeout_s=2.0):
         cards = json.loads(body)["data"] if status_models == 200 else None
         served = tuple(printable(str(card["id"]), 300) for card in cards)
         return Probe("serving", served) if status == 200 and served else Probe("foreign", served, f"/health says {status}")
-    except ConnectionRefusedError:
-        return Probe("silent", detail="connection refused")
     except (OSError, http.client.HTTPException) as e:
         if getattr(e, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             return Probe("unknown", detail="sparkctl itself ran out of file descriptors or memory")
-        return Probe("silent", detail="no answer in time" if isinstance(e, TimeoutError) else "no answer")
+        told = {ConnectionRefusedError: "connection refused", TimeoutError: "no answer in time"}
+        return Probe("silent", detail=told.get(type(e), "no answer"))
     except (ValueError, KeyError, TypeError, RecursionError):
         return Probe("foreign", detail="what answers is not a vLLM")
 
