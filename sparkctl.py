@@ -3764,18 +3764,10 @@ class Server(ThreadingHTTPServer):
 
 DEMO_MODELS = """
 models:
-  tiny-chat:
-    {name: Tiny Chat 7B, repo: demo/tiny-chat, aliases: [gpt-4o-mini], knobs: {max-model-len: 8192, gpu-memory-utilization: 0.05},
-     description: A pretended solo model that answers what you say.}
-  wide-chat:
-    {name: Wide Chat 120B, repo: demo/wide-chat, mode: cluster, knobs: {max-model-len: 131072, gpu-memory-utilization: 0.05},
-     description: A pretended cluster model sharded over both Sparks.}
-  house-style:
-    {name: House Style (fine-tuned), local_path: LOCAL/house-style, knobs: {gpu-memory-utilization: 0.05},
-     description: A pretended local model from a directory on the Spark.}
-  too-greedy:
-    {name: Too Greedy 235B, repo: demo/too-greedy, knobs: {gpu-memory-utilization: 0.05}, env: {DEMO_FAILS: out_of_memory},
-     description: A pretended model that fails to load so that the rollback can be seen.}
+  tiny-chat: {name: Tiny Chat 7B, repo: demo/tiny-chat, aliases: [gpt-4o-mini], KNOBS, description: A pretended solo model that echoes you.}
+  wide-chat: {name: Wide Chat 120B, repo: demo/wide-chat, mode: cluster, KNOBS, description: A pretended model sharded over both Sparks.}
+  house-style: {name: House Style (fine-tuned), local_path: LOCAL, KNOBS, description: A pretended model from a directory on the Spark.}
+  too-greedy: {name: Too Greedy 235B, repo: demo/too-greedy, KNOBS, description: A pretended model whose load fails and is rolled back.}
 """
 DEMO_SERVICES = """
 slots:
@@ -3783,80 +3775,73 @@ slots:
 backends:
   demo:
     stop: p=$(cat DIR/{container}.pid 2>/dev/null) && kill "$p" 2>/dev/null; rm -f DIR/{container}.pid
-    launch: "(PYTHON SCRIPT demo-engine {env} --model {model} --port {port} {extra_args} >DIR/{container}.log 2>&1 & echo $! >DIR/{container}.pid; wait) >/dev/null 2>&1 &"
+    launch: "(PYTHON SCRIPT demo-engine --model {model} --port {port} {extra_args} >DIR/{container}.log 2>&1 &
+      echo $! >DIR/{container}.pid; wait) >/dev/null 2>&1 &"
     logs: tail -n +1 -F DIR/{container}.log 2>/dev/null
     alive: read -r p <DIR/{container}.pid && kill -0 "$p"
 """
 
 
 def demo_setup(folder):
-    """Write the demo's files below folder -> (settings as environment, paths of its YAML files)."""
+    """Write the demo's files, its models.yaml and services-overrides.yaml among them, below folder -> settings as environment."""
     with socket.socket() as s:                  # a port that is free now; the engine takes it a moment later
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    for source in ("hub/models--demo--tiny-chat/snapshots/1", "hub/models--demo--wide-chat/snapshots/1",
-                   "hub/models--demo--too-greedy/snapshots/1", "local/house-style"):
-        os.makedirs(os.path.join(folder, source))
-        for name in ("config.json", "model.safetensors"):
-            with open(os.path.join(folder, source, name), "w", encoding="utf-8") as f:
-                f.write("{}")
-    words = {"PORT": str(port), "DIR": quote_arg(folder), "PYTHON": quote_arg(sys.executable), "SCRIPT": quote_arg(os.path.abspath(__file__))}
-    paths = {"models": os.path.join(folder, "models.yaml"), "services": os.path.join(folder, "services-overrides.yaml"),
-             "overrides": os.path.join(folder, "models-overrides.yaml")}
-    with open(paths["models"], "w", encoding="utf-8") as f:
-        f.write(DEMO_MODELS.replace("LOCAL", os.path.join(folder, "local")))
-    with open(paths["services"], "w", encoding="utf-8") as f:
-        f.write(re.sub(r"\b(PORT|DIR|PYTHON|SCRIPT)\b", lambda m: words[m[1]], DEMO_SERVICES))
+    words = {"PORT": str(port), "DIR": quote_arg(folder), "PYTHON": quote_arg(sys.executable),
+             "SCRIPT": quote_arg(os.path.abspath(__file__)), "LOCAL": json.dumps(os.path.join(folder, "house-style"), ensure_ascii=False),
+             "KNOBS": "knobs: {max-model-len: 8192, gpu-memory-utilization: 0.05}"}
+    weights = ["house-style", *(f"hub/models--demo--{name}/snapshots/1" for name in ("tiny-chat", "wide-chat", "too-greedy"))]
+    files = {f"{source}/{name}": "{}" for source in weights for name in ("config.json", "model.safetensors")}
+    for name, said in {**files, "models.yaml": DEMO_MODELS, "services-overrides.yaml": DEMO_SERVICES}.items():
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(re.sub(rf"\b({'|'.join(words)})\b", lambda m: words[m[1]], said))
     os.environ.update(HF_HUB_CACHE=os.path.join(folder, "hub"), SPARKCTL_DEMO_PID=str(os.getpid()))
-    return {"SPARK1_HOST": "local", "SPARK2_HOST": "local", "LOCAL_MODEL_ROOTS": folder, "SPARKCTL_DATA": folder}, paths
+    return {"SPARK1_HOST": "local", "SPARK2_HOST": "local", "LOCAL_MODEL_ROOTS": folder}
 
 
 class DemoEngine(BaseHTTPRequestHandler):
     """Answers like vLLM 0.33: health, the model list, completions, chat with streaming."""
 
-    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
+    disable_nagle_algorithm = True
 
     def do_GET(self):
         cards = [{"id": n, "object": "model", "owned_by": "vllm", "root": self.server.model} for n in self.server.names]
-        known = {"/health": b"", "/v1/models": json.dumps({"object": "list", "data": cards}).encode(), "/version": b'{"version":"0.33.0"}'}
-        self.send(200 if self.path in known else 404, known.get(self.path, b'{"detail":"Not Found"}'))
+        known = {"/health": {}, "/v1/models": {"object": "list", "data": cards}, "/version": {"version": "0.33.0"}}
+        self.send(200 if self.path in known else 404, known.get(self.path, {"detail": "Not Found"}))
 
     def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-        name = asked.get("model") or self.server.names[0]
+        asked, me = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}"), self.server.names[0]
+        name = asked.get("model") or me
         if name not in self.server.names:
-            error = {"message": f"The model `{name}` does not exist.", "type": "NotFoundError", "param": "model", "code": 404}
-            return self.send(404, json.dumps({"error": error}).encode())
-        chat = self.path == "/v1/chat/completions"
+            return self.send(404, {"error": {"message": f"The model `{name}` does not exist.", "type": "NotFoundError", "code": 404}})
+        chat, stream = self.path == "/v1/chat/completions", bool(asked.get("stream"))
         said = asked.get("messages", [{}])[-1].get("content", "") if chat else asked.get("prompt", "")
-        answer = f"This is {self.server.names[0]}, a pretended model. You said: {said}"
-        base = {"id": "demo-" + secrets.token_hex(6), "object": "chat.completion" if chat else "text_completion",
-                "created": int(time.time()), "model": self.server.names[0]}
+        answer = f"This is {me}, a pretended model. You said: {said}"
         usage = {"prompt_tokens": len(str(said).split()), "completion_tokens": len(answer.split())}
         usage["total_tokens"] = sum(usage.values())
-        if not asked.get("stream"):
-            choice_ = {"index": 0, "finish_reason": "stop", **({"message": {"role": "assistant", "content": answer}} if chat else {"text": answer})}
-            return self.send(200, json.dumps({**base, "choices": [choice_], "usage": usage}).encode())
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        base["object"] = "chat.completion.chunk" if chat else "text_completion"
+        base = {"id": "demo-" + secrets.token_hex(6), "created": int(time.time()), "model": me,
+                "object": "text_completion" if not chat else "chat.completion.chunk" if stream else "chat.completion"}
+
+        def choices(text, finish):
+            part = {"delta" if stream else "message": {"role": "assistant", "content": text}} if chat else {"text": text}
+            return [{"index": 0, "finish_reason": finish, **part}]
+        if not stream:
+            return self.send(200, {**base, "choices": choices(answer, "stop"), "usage": usage})
+        self.send(200, None)
         for word in re.findall(r"\S+\s*", answer):
-            delta = {"index": 0, "finish_reason": None, **({"delta": {"role": "assistant", "content": word}} if chat else {"text": word})}
-            self.chunk(f"data: {json.dumps({**base, 'choices': [delta]})}\n\n")
+            self.wfile.write(b"data: " + to_json({**base, "choices": choices(word, None)}) + b"\n\n")
             time.sleep(0.03)
-        self.chunk(f"data: {json.dumps({**base, 'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n")
-        self.wfile.write(b"0\r\n\r\n")
+        self.wfile.write(b"data: " + to_json({**base, "choices": [], "usage": usage}) + b"\n\ndata: [DONE]\n\n")
 
-    def chunk(self, said):
-        data = said.encode()
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
-
-    def send(self, status, body):
+    def send(self, status, content):
+        """One JSON reply; for None the head of a stream, which the end of its connection ends."""
+        body = b"" if content is None else to_json(content)
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8" if content is None else "application/json")
+        if content is not None:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
@@ -3869,46 +3854,30 @@ def demo_engine(argv):
     parser = argparse.ArgumentParser(prog="demo-engine")
     parser.add_argument("--model", required=True)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--served-model-name", nargs="+", default=[])
-    parser.add_argument("-e", action="append", default=[])
+    parser.add_argument("--served-model-name", nargs="+", required=True)
     args, _ = parser.parse_known_args(argv)
-    fails = dict(pair.partition("=")[::2] for pair in args.e).get("DEMO_FAILS")
-    parent = int(os.environ.get("SPARKCTL_DEMO_PID", "0"))
-
-    def watch_parent():
-        while parent:
-            time.sleep(0.3)
-            try:
-                os.kill(parent, 0)
-            except ProcessLookupError:
-                os._exit(0)
-    threading.Thread(target=watch_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-
-    def say(line):
-        """As vLLM's logger would, or as it stands after a !"""
-        stamp = f"(EngineCore pid={os.getpid()}) INFO {time.strftime('%m-%d %H:%M:%S')} [demo.py:1] "
-        print(line[1:] if line[0] == "!" else stamp + line, flush=True)
-    say("vLLM server version 0.33.0 (pretended), serving model " + args.model)
-    time.sleep(0.3)
-    say("Starting to load model " + args.model + "...")
-    for shard in range(1, 13):
+    lines = [f"INFO vLLM server version 0.33.0 (pretended), serving model {args.model}", f"INFO Starting to load model {args.model}...",
+             *(f"Loading safetensors checkpoint shards: {n * 100 // 12:3}% Completed | {n}/12 [00:01<00:01, 6it/s]" for n in range(1, 13)),
+             "INFO Model loading took 61.204518 GiB memory and 2.040000 seconds", "INFO torch.compile took 0.40 s in total",
+             "INFO GPU KV cache size: 1,711,646 tokens, Maximum concurrency for 8,192 tokens per request: 208.94x",
+             "INFO Capturing CUDA graphs (decode, FULL): 100%|##########| 35/35"]
+    fails = "too-greedy" in args.model
+    if fails:
+        lines[10:] = ["torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.12 GiB.",
+                      "RuntimeError: Engine core initialization failed. See root cause above."]
+    for line in lines:
+        print(f"(EngineCore pid={os.getpid()})", line.replace("INFO", time.strftime("INFO %m-%d %H:%M:%S [demo.py:1]"), 1), flush=True)
         time.sleep(0.17)
-        say(f"!Loading safetensors checkpoint shards: {shard * 100 // 12:3}% Completed | {shard}/12 [00:0{shard // 6}<00:01,  5.88it/s]")
-        if fails and shard == 8:
-            say("!torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.12 GiB.")
-            say("!RuntimeError: Engine core initialization failed. See root cause above.")
-            return 1
-    say("Model loading took 61.204518 GiB memory and 2.040000 seconds")
-    say("torch.compile took 0.40 s in total")
-    time.sleep(0.4)
-    say("GPU KV cache size: 1,711,646 tokens, Maximum concurrency for 8,192 tokens per request: 208.94x")
-    say("Capturing CUDA graphs (decode, FULL): 100%|##########| 35/35")
-    time.sleep(0.4)
+    if fails:
+        return 1
     server = ThreadingHTTPServer(("127.0.0.1", args.port), DemoEngine)
-    server.daemon_threads, server.model, server.names = True, args.model, args.served_model_name or [args.model]
-    say("!INFO:     Application startup complete.")
-    server.serve_forever()
+    server.model, server.names = args.model, args.served_model_name
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print("INFO:     Application startup complete.", flush=True)
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(int(os.environ.get("SPARKCTL_DEMO_PID", 0)), 0)      # only asks whether it lives
+            time.sleep(0.3)
     return 0
 
 
@@ -3925,7 +3894,8 @@ def build_settings(args, environ):
         settings = parse_settings(environ, read_yaml(settings_file), flags)
     except (OSError, ValueError) as e:
         settings = early._replace(warnings=(*early.warnings, f"settings.yaml cannot be read and is ignored: {e}"))
-    paths = {"models": args.models or os.path.join(HERE, "models.yaml"), "services": args.services or os.path.join(HERE, "services-overrides.yaml"),
+    paths = {"models": args.models or os.path.join(HERE, "models.yaml"),
+             "services": args.services or os.path.join(HERE, "services-overrides.yaml"),
              "overrides": os.path.join(data_dir, settings["MODELS_OVERRIDES"] or "models-overrides.yaml")}
     return settings, data_dir, paths
 
@@ -3942,41 +3912,35 @@ def exposure(settings, root, allow_root):
     return told, root and not loopback and not allow_root
 
 
+def refuse(why):
+    """Say in one line why we do not start -> exit code."""
+    print(f"sparkctl: {why}", file=sys.stderr)
+    return 2
+
+
 def run_check(store, found):
     """Print everything in force and every problem, those already found first -> exit code. No Spark is contacted."""
     config = store.current
-    print("Settings")
-    for row in config.settings.public():
-        if row["source"] != "default" or not re.match(r"SPARK\d_", row["name"]):
-            print(f"  {row['name']} = {row['value']}  ({row['source']})")
-    print("Sparks")
-    for spark in config.sparks.values():
-        print(f"  {spark.name}: {f'{spark.user}@' if spark.user else ''}{spark.host}")
-    print("Slots")
-    for slot in config.layout.slots.values():
-        print(f"  {slot.name}: {', '.join(slot.hosts)}, port {slot.port}, container {slot.container}, backend {slot.backend}")
-    print("Backends")
-    for name, template in (("launch-cluster", LAUNCH_CLUSTER), *config.layout.backends.items()):
-        print(f"  {name}: {printable(template.launch, 200)}")
-    print("Services")
-    for service in config.layout.services.values():
-        if service.configured:
-            hidden = " (disabled)" if service.name in config.settings["DISABLED_SERVICES"] else ""
-            print(f"  {service.name}: {service.kind} on {service.host} port {service.port}{hidden}")
-    print(f"Models ({len(config.models)})")
-    for m in config.models.values():
-        print(f"  {m.key}: {m.source} ({m.mode}) answers to {', '.join(m.served_names)}")
+    layout, hidden = config.layout, config.settings["DISABLED_SERVICES"]
+    templates = {"launch-cluster": LAUNCH_CLUSTER, **layout.backends}
+    hosts = collections.Counter(s.host for s in config.sparks.values() if not s.local)
     found += [*config.settings.warnings, *map(str, config.problems)]
-    hosts = [s.host for s in config.sparks.values() if not s.local]
-    found += [f"two Sparks have the same host {h}" for h in sorted({h for h in hosts if hosts.count(h) > 1})]
-    if not config.sparks:
-        found.append("no Spark is configured: set SPARK1_HOST (and SPARK2_HOST)")
-    if not config.models:
-        found.append("the catalog is empty")
-    print("No Spark was contacted; a dry run does: POST /api/swap?wait=60 {\"model\": KEY, \"dry_run\": true}")
-    print("Problems" if found else "No problems")
-    for problem in found:
-        print(f"  {problem}")
+    found += [f"two Sparks have the same host {h}" for h in sorted(hosts) if hosts[h] > 1]
+    found += [] if config.sparks else ["no Spark is configured: set SPARK1_HOST (and SPARK2_HOST)"]
+    found += [] if config.models else ["the catalog is empty"]
+    slots, models = layout.slots.values(), config.models.values()
+    for title, lines in (
+            ("Settings", [f"{row['name']} = {row['value']}  ({row['source']})" for row in config.settings.public()
+                          if row["source"] != "default" or not re.match(r"SPARK\d_", row["name"])]),
+            ("Sparks", [f"{s.name}: {f'{s.user}@' if s.user else ''}{s.host}" for s in config.sparks.values()]),
+            ("Slots", [f"{s.name}: {', '.join(s.hosts)}, port {s.port}, container {s.container}, backend {s.backend}" for s in slots]),
+            ("Backends", [f"{name}: {printable(template.launch, 200)}" for name, template in templates.items()]),
+            ("Services", [f"{s.name}: {s.kind} on {s.host} port {s.port}{' (disabled)' if s.name in hidden else ''}"
+                          for s in layout.services.values() if s.configured]),
+            (f"Models ({len(models)})", [f"{m.key}: {m.source} ({m.mode}) answers to {', '.join(m.served_names)}" for m in models]),
+            ('No Spark was contacted; a dry run does: POST /api/swap?wait=60 {"model": KEY, "dry_run": true}', []),
+            ("Problems" if found else "No problems", found)):
+        print(title, *lines, sep="\n  ")
     return 1 if found else 0
 
 
@@ -3985,29 +3949,26 @@ def serve(store, data_dir, allow_root, demo):
     settings = store.settings
     warnings, refused = exposure(settings, os.geteuid() == 0, allow_root)
     if refused:
-        print(f"sparkctl: {warnings[0]}", file=sys.stderr)
-        return 2
+        return refuse(warnings[0])
     sys.setswitchinterval(0.0005)               # a busy thread must not delay the relay of tokens
     threading.stack_size(4 << 20)               # virtual memory; in 1 MiB the json of Python 3.13 dies of deep nesting
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = math.inf if hard == resource.RLIM_INFINITY else hard
     with contextlib.suppress(OSError, ValueError):      # every connection may need one to the engine as well
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4096), hard) if hard != resource.RLIM_INFINITY else max(soft, 4096), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4096), most), hard))
+    address = settings["SPARKCTL_BIND"], settings["SPARKCTL_PORT"]
     try:
         lock = open(os.path.join(data_dir, "lock"), "wb")       # open until we end
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        print(f"sparkctl: {data_dir}: " + ("another sparkctl uses this data directory" if e.errno == errno.EWOULDBLOCK else str(e.strerror)), file=sys.stderr)
-        return 2
-    for name in os.listdir(data_dir):           # what a crash left of an atomic write
-        if name.startswith(".tmp-"):
-            os.unlink(os.path.join(data_dir, name))
-    try:
+        for name in os.listdir(data_dir):       # what a crash left of an atomic write
+            if name.startswith(".tmp-"):
+                os.unlink(os.path.join(data_dir, name))
         app = App(store, data_dir, demo)
-        server = Server((settings["SPARKCTL_BIND"], settings["SPARKCTL_PORT"]), app)
-    except (OSError, OverflowError) as e:
-        where = f"{e.filename}: " if getattr(e, "filename", None) else f"{settings['SPARKCTL_BIND']} port {settings['SPARKCTL_PORT']}: "
-        print(f"sparkctl: {where}{getattr(e, 'strerror', None) or e}", file=sys.stderr)
-        return 2
+        server = Server(address, app)
+    except BlockingIOError:
+        return refuse(f"{data_dir}: another sparkctl uses this data directory")
+    except (OSError, ValueError) as e:          # ValueError: a name that is none, such as a..b
+        return refuse(f"cannot start on {address[0]} port {address[1]} with data in {data_dir}: {e}")
     app.warnings[:0] = [] if demo else warnings
     told, tell = socket.socketpair()            # the kernel may give a signal to any thread, and only a byte wakes this one
     tell.setblocking(False)
@@ -4018,8 +3979,7 @@ def serve(store, data_dir, allow_root, demo):
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     for warning in (*settings.warnings, *map(str, store.current.problems), *app.warnings):
         log(f"warning: {warning}")
-    host = f"[{server.server_address[0]}]" if ":" in server.server_address[0] else server.server_address[0]
-    print(f"sparkctl {VERSION} on http://{host}:{server.server_address[1]}/", flush=True)
+    print(f"sparkctl {VERSION} on {Endpoint(*server.server_address[:2]).url}/", flush=True)
     told.recv(1)
     server.shutdown()                           # no new connections; engines are left running
     app.close()
@@ -4031,7 +3991,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["demo-engine"]:
         return demo_engine(argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Every setting is an environment variable; README.md lists them.")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Every setting is an environment variable: see README.md")
     parser.add_argument("command", nargs="?", choices=("serve", "check"), default="serve",
                         help="serve (the default): run; check: print what is in force, with every problem")
     parser.add_argument("--version", action="version", version=f"sparkctl {VERSION}")
@@ -4049,16 +4009,16 @@ def main(argv=None):
         except ValueError as e:
             parser.error(f"--{name} {e}")
     os.umask(0o077)
-    environ, cleanup = dict(os.environ), contextlib.ExitStack()
-    with cleanup:
+    environ = os.environ
+    with contextlib.ExitStack() as cleanup:
         if args.demo:
-            args.data = args.data or cleanup.enter_context(tempfile.TemporaryDirectory(prefix="sparkctl-demo-"))
+            args.data = os.path.abspath(os.path.join(HERE, args.data)) if args.data else \
+                cleanup.enter_context(tempfile.TemporaryDirectory(prefix="sparkctl-demo-"))
             os.makedirs(args.data, exist_ok=True)
             folder = tempfile.mkdtemp(prefix="engines-", dir=args.data)
-            overlay, paths = demo_setup(folder)
-            args.models, args.services = paths["models"], paths["services"]
+            args.models, args.services = os.path.join(folder, "models.yaml"), os.path.join(folder, "services-overrides.yaml")
             kept = ("SPARKCTL_BIND", "SPARKCTL_PORT", "SPARKCTL_API_KEY")
-            environ = {k: v for k, v in environ.items() if k not in SETTING or k in kept} | overlay
+            environ = {k: v for k, v in os.environ.items() if k not in SETTING or k in kept} | demo_setup(folder)
         settings, data_dir, paths = build_settings(args, environ)
         found = []
         try:
@@ -4066,18 +4026,13 @@ def main(argv=None):
             if not os.access(data_dir, os.R_OK | os.W_OK | os.X_OK):
                 raise PermissionError(13, "not readable and writable", data_dir)
         except OSError as e:
-            found.append(f"the data directory {data_dir} cannot be used: {e.strerror}")
-            if args.command == "serve":
-                print(f"sparkctl: {found[0]}", file=sys.stderr)
-                return 2
+            found = [f"the data directory {data_dir} cannot be used: {e.strerror}"]
         store = ConfigStore(settings, paths)
-        if args.command == "check":
-            unreadable = [p for p in (args.models, args.services) if p and not os.access(p, os.R_OK)]
-            for path in unreadable:
-                print(f"sparkctl: {path} cannot be read", file=sys.stderr)
-            found += exposure(settings, False, False)[0]
-            return 2 if unreadable else run_check(store, found)
-        return serve(store, data_dir, args.allow_root, args.demo)
+        if args.command == "serve":
+            return refuse(found[0]) if found else serve(store, data_dir, args.allow_root, args.demo)
+        if unreadable := [p for p in (args.models, args.services) if p and not os.access(p, os.R_OK)]:
+            return refuse(f"{' and '.join(unreadable)} cannot be read")
+        return run_check(store, found + exposure(settings, False, False)[0])
 
 
 if __name__ == "__main__":
