@@ -3073,24 +3073,22 @@ def parse_head(head):
     """
     lines = head.split(b"\r\n")
     m = REQUEST_LINE.fullmatch(lines[0])
-    if not m or not m[2].startswith(b"/") or b"#" in m[2] or b"\n" in head.replace(b"\r\n", b"") or b"\r" in head.replace(b"\r\n", b""):
+    bare = head.replace(b"\r\n", b"")
+    if not m or not m[2].startswith(b"/") or b"#" in m[2] or b"\n" in bare or b"\r" in bare:
         raise Refused(400, "bad_request", "malformed request line or header")
     if len(lines) > FIELDS_MAX:
         raise Refused(431, "too_many_headers", f"more than {FIELDS_MAX} header fields")
-    fields, count = [], collections.Counter()
-    for line in lines[1:]:
-        f = FIELD.fullmatch(line)
-        if not f:
-            raise Refused(400, "bad_request", "malformed header field")
-        fields.append((f[1].decode(), f[2].decode("latin-1")))
-        count[f[1].lower()] += 1
-    request = Request(m[1].decode(), m[2].decode(), int(m[3]), fields)
-    length, coding = request.headers.get("content-length"), request.headers.get("transfer-encoding")
-    if count[b"content-length"] > 1 or count[b"transfer-encoding"] > 1 or count[b"host"] > 1 or length is not None and coding is not None:
+    found = [FIELD.fullmatch(line) for line in lines[1:]]
+    if not all(found):
+        raise Refused(400, "bad_request", "malformed header field")
+    request = Request(m[1].decode(), m[2].decode(), int(m[3]), [(f[1].decode(), f[2].decode("latin-1")) for f in found])
+    count = collections.Counter(k.lower() for k, _ in request.fields)
+    length, coding = request.headers.get("content-length", "0"), request.headers.get("transfer-encoding")
+    if max(count["content-length"] + count["transfer-encoding"], count["host"]) > 1:
         raise Refused(400, "bad_request", "the framing or Host of the request is ambiguous")
-    if coding is not None and (coding.lower() != "chunked" or request.minor == 0) or length is not None and not re.fullmatch(r"\d{1,15}", length, re.ASCII):
+    if coding is not None and (coding.lower() != "chunked" or request.minor == 0) or not re.fullmatch(r"\d{1,15}", length, re.ASCII):
         raise Refused(400, "bad_request", "bad Transfer-Encoding or Content-Length")
-    return request, -1 if coding else int(length or 0)
+    return request, -1 if coding else int(length)
 
 
 def host_allowed(host, allowed):
@@ -3100,13 +3098,12 @@ def host_allowed(host, allowed):
     """
     name = re.sub(r":\d+$", "", host.strip().lower())
     name = name[1:-1] if re.fullmatch(r"\[[0-9a-f:.]+\]", name) else name
-    try:
+    with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)
         return True
-    except ValueError:
-        pass
     own = socket.gethostname().lower()
-    return name in ("localhost", own, own.partition(".")[0], *(a.lower() for a in allowed)) or bool(re.fullmatch(r"[a-z0-9-]+\.local", name))
+    known = ("localhost", own, own.partition(".")[0], *(a.lower() for a in allowed))
+    return name in known or bool(re.fullmatch(r"[a-z0-9-]+\.local", name))
 
 
 def guard(request, settings, is_open):
@@ -3130,23 +3127,18 @@ def guard(request, settings, is_open):
 def parse_json(body):
     """Bytes -> a JSON object. Raises Refused 400 that says what is wrong."""
     def no_duplicates(pairs):
-        got = {}
-        for k, v in pairs:
-            if k in got:
-                raise ValueError(f"the key {k!r} is given twice")
-            got[k] = v
-        return got
+        for key, count in collections.Counter(k for k, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"the key {key!r} is given twice")
+        return dict(pairs)
 
     def constant(name):
         raise ValueError(f"{name} is not JSON")
     try:
         got = json.loads(body.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=constant) if body.strip() else {}
-    except UnicodeDecodeError:
-        raise Refused(400, "bad_json", "the body is not UTF-8") from None
-    except RecursionError:
-        raise Refused(400, "bad_json", "the body is nested too deeply") from None
-    except ValueError as e:
-        raise Refused(400, "bad_json", f"the body is not JSON: {printable(str(e), 200)}") from None
+    except (ValueError, RecursionError) as e:
+        known = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
+        raise Refused(400, "bad_json", f"the body is {known.get(type(e), f'not JSON: {printable(str(e), 200)}')}") from None
     if not isinstance(got, dict):
         raise Refused(400, "bad_json", "the body must be a JSON object")
     return got
@@ -3406,12 +3398,12 @@ def stream_swap(app, r):
         return 204, b"", {}                     # tells an EventSource not to come back
 
     def run(send):
-        swap_log, n, shown = app.swaps.log_of(swap.id), list(seen), None
+        swap_log, n, shown, quiet = app.swaps.log_of(swap.id), list(seen), None, 0
 
         def event(name, data, mark=""):
             send(f"event: {name}\nid: {n[0]}.{n[1]}.{n[2]}{mark}\ndata: ".encode() + to_json(data) + b"\n\n")
         send(b"retry: 1000\n\n")
-        while True:
+        while not app.closing.is_set():
             s = app.swaps.get(swap.id)          # before the lines: at the end none is missed
             for phase, at, _ in s.phases[n[1]:]:
                 n[1] += 1
@@ -3427,14 +3419,12 @@ def stream_swap(app, r):
                 continue
             if s.phase in TERMINAL:
                 return event("end", s.public(), ".end")
-            moved = lambda: app.swaps.get(swap.id).seq > n[2] or bool(swap_log.after(n[0], 1))
-            for _ in range(60):                 # log lines alone do not wake the hub
-                if app.hub.wait_for(lambda: moved() or app.closing.is_set(), 0.25):
-                    break
-            else:
+            # log lines alone do not wake the hub, so look for them four times a second
+            changed = app.hub.wait_for(lambda: app.swaps.get(swap.id).seq > n[2] or app.closing.is_set(), 0.25)
+            quiet = 0 if changed else quiet + 1
+            if quiet == 60:
+                quiet = 0
                 send(b": keep-alive\n\n")
-            if app.closing.is_set():
-                return
     return 200, Stream(run), {}
 
 
@@ -3495,9 +3485,9 @@ def find_route(method, path):
     for route, m in rows:
         if route.method == ("GET" if method == "HEAD" else method):
             return route, {k: urllib.parse.unquote(v) for k, v in m.groupdict().items()}
-    if rows or path in PROXIED:
-        allow = ", ".join(sorted({route.method for route, _ in rows} | ({"POST"} if path in PROXIED else set()) |
-                                 ({"HEAD"} if any(route.method == "GET" for route, _ in rows) else set())))
+    methods = {route.method for route, _ in rows} | ({"POST"} if path in PROXIED else set())
+    if methods:
+        allow = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
         raise Refused(405, "method_not_allowed", f"use {allow}", {"Allow": allow})
     hint = nearest(path, [*(route.path for route in ROUTES), *PROXIED])
     raise Refused(404, "not_found", f"no such path: {printable(path, 200)}" + (f"; did you mean {hint}?" if hint else ""), nearest=hint)
@@ -3509,115 +3499,98 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True              # else every reply waits 40 ms for the client's delayed ACK
 
     def handle(self):
-        self.buffer, self.close_connection, self.answered = bytearray(), False, 0
-        with contextlib.suppress(OSError, ClientGone):
+        self.buffer, self.close_connection, self.answered = bytearray(), False, False
+        with contextlib.suppress(OSError):
             while not self.close_connection:
                 self.one_request()
 
     def one_request(self):
-        started, request, status, size, busy = time.monotonic(), None, 0, 0, False
+        started, request, asked, status, size, busy = time.monotonic(), None, "- -", 0, 0, 0
         try:
             head = self.read_head()
-            if head is None:
-                self.close_connection = True
-                return
-            started = time.monotonic()
-            self.server.count(+1)
-            busy = True
+            started, busy = time.monotonic(), 1
+            self.server.count(busy)
             request, length = parse_head(head)
-            self.close_connection = request.close
+            asked, self.close_connection = f"{request.method} {request.path}", request.close
             request.client, request.gone = self.client_address[0], self.client_gone
             status, size = self.answer(request, length)
         except Refused as e:
-            if e.status in (400, 413, 431, 408):
-                self.close_connection = True    # what follows on this connection cannot be trusted to be a request
+            # after one of these, what follows on this connection cannot be trusted to be a request
+            self.close_connection |= e.status in (400, 408, 413, 431)
             status, size = self.reply(request, e.status, e.body(), e.headers)
         except (ClientGone, OSError):
             self.close_connection = True
-            status = 499                        # nginx's word for: the client closed the connection
+            status = 499 if busy else 0         # nginx's word for: the client closed the connection
         except Exception as e:
-            log(f"{request.method if request else '?'} {request.path if request else '?'}: {type(e).__name__}: {e}\n{traceback.format_exc()}")
+            log(f"{asked}: {type(e).__name__}: {e}\n{traceback.format_exc()}")
             self.close_connection = True
             with contextlib.suppress(OSError):
                 status, size = self.reply(request, 500, Refused(500, "internal", "an internal error; sparkctl's own log has it").body())
         finally:
             if request or status:
-                log(f"{self.client_address[0]} {request.method if request else '-'} {request.path if request else '-'} {status} {size} B "
-                    f"{(time.monotonic() - started) * 1000:.1f} ms {request.id if request else '-'}")
-            if busy:
-                self.server.count(-1)
+                took = (time.monotonic() - started) * 1000
+                log(f"{self.client_address[0]} {asked} {status} {size} B {took:.1f} ms {request.id if request else '-'}")
+            self.server.count(-busy)
 
     # --- reading
 
-    def receive(self, deadline):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError()
-        self.connection.settimeout(left)
-        return self.connection.recv(65536)
+    def receive(self, deadline, slow=None):
+        """Add to the buffer. Raises ClientGone at the connection's end; at the deadline Refused 408 saying slow, or ClientGone."""
+        try:
+            if (left := deadline - time.monotonic()) <= 0:
+                raise TimeoutError()
+            self.connection.settimeout(left)
+            chunk = self.connection.recv(65536)
+        except TimeoutError:
+            raise Refused(408, "too_slow", slow) if slow else ClientGone() from None
+        if not chunk:
+            raise ClientGone()
+        self.buffer += chunk
+
+    def take(self, count, deadline=0.0, slow=None):
+        """Cut the next count bytes off the buffer, once they are there."""
+        while len(self.buffer) < count:
+            self.receive(deadline, slow)
+        got = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return got
 
     def read_head(self):
-        """Bytes of the next head, or None when the client is done. Raises Refused 408, 431; a slow sender has HEAD_S."""
-        deadline, start = time.monotonic() + (IDLE_S if self.answered else HEAD_S), True
-        self.answered += 1
-        while True:
-            if start:
-                self.buffer = self.buffer.lstrip(b"\r\n")
-            end = self.buffer.find(b"\r\n\r\n")
-            if 0 <= end <= HEAD_MAX:
-                head = bytes(self.buffer[:end])
-                del self.buffer[:end + 4]
-                return head
-            if len(self.buffer) > HEAD_MAX:
-                raise Refused(431, "header_too_large", f"the header is larger than {HEAD_MAX} bytes")
-            if self.buffer and start:
-                deadline, start = time.monotonic() + HEAD_S, False
-            try:
-                chunk = self.receive(deadline)
-            except TimeoutError:
-                if not self.buffer:
-                    return None
-                raise Refused(408, "too_slow", f"the header was not complete within {HEAD_S:g} s") from None
-            if not chunk:
-                return None
-            self.buffer += chunk
+        """Bytes of the next head. Raises Refused 408, 431, or ClientGone; a slow sender has HEAD_S from its first byte on."""
+        deadline = time.monotonic() + (IDLE_S if self.answered else HEAD_S)
+        self.answered = True
+        while not self.buffer.lstrip(b"\r\n"):
+            self.buffer.clear()
+            self.receive(deadline)
+        self.buffer = self.buffer.lstrip(b"\r\n")
+        deadline = time.monotonic() + HEAD_S
+        while (end := self.buffer.find(b"\r\n\r\n")) < 0 and len(self.buffer) <= HEAD_MAX:
+            self.receive(deadline, f"the header was not complete within {HEAD_S:g} s")
+        if not 0 <= end <= HEAD_MAX:
+            raise Refused(431, "header_too_large", f"the header is larger than {HEAD_MAX} bytes")
+        return self.take(end + 4)[:-4]
 
     def read_body(self, request, length, most):
         """The whole body, at most `most` bytes. Raises Refused 413, 408, 400."""
+        too_large = Refused(413, "body_too_large", f"the body is larger than {most >> 20} MiB (MAX_BODY_MB)")
         if length > most:
-            raise Refused(413, "body_too_large", f"the body is larger than {most >> 20} MiB (MAX_BODY_MB)")
+            raise too_large
         if request.headers.get("expect", "").lower() == "100-continue" and length and not self.buffer:
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + BODY_S
-
-        def more(count):
-            while len(self.buffer) < count:
-                try:
-                    chunk = self.receive(deadline)
-                except TimeoutError:
-                    raise Refused(408, "too_slow", f"the body was not complete within {BODY_S:g} s") from None
-                if not chunk:
-                    raise ClientGone()
-                self.buffer += chunk
-
-        def cut(count):
-            more(count)
-            got = bytes(self.buffer[:count])
-            del self.buffer[:count]
-            return got
+        until = time.monotonic() + BODY_S, f"the body was not complete within {BODY_S:g} s"
         if length >= 0:
-            return cut(length)
+            return self.take(length, *until)
         body = bytearray()
         while True:                             # chunked: size in hex, data, CR LF; a zero size ends it
             while (end := self.buffer.find(b"\n", 0, 20)) < 0 and len(self.buffer) < 20:
-                more(len(self.buffer) + 1)
-            line = cut(end + 1)
-            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}\r\n", line) or time.monotonic() > deadline:
+                self.receive(*until)
+            line = self.take(end + 1)
+            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}\r\n", line) or time.monotonic() > until[0]:
                 raise Refused(400, "bad_request", "malformed chunk size, or chunks without end")
             size = int(line, 16)
             if len(body) + size > most:
-                raise Refused(413, "body_too_large", f"the body is larger than {most >> 20} MiB (MAX_BODY_MB)")
-            body += cut(size + 2)
+                raise too_large
+            body += self.take(size + 2, *until)
             if body[-2:] != b"\r\n":
                 raise Refused(400, "bad_request", "malformed chunk")    # trailers are refused with it
             del body[-2:]
@@ -3652,25 +3625,24 @@ class Handler(BaseHTTPRequestHandler):
         request.query = checked(dict(pairs), route.query, "the query")
         if route.body is not None:
             request.json = checked(parse_json(request.body), route.body, "the body")
-        status, content, *headers = route.handler(app, request)
-        return self.reply(request, status, content, headers[0] if headers else {})
+        return self.reply(request, *route.handler(app, request))
 
     def reply(self, request, status, content, headers=()):
         """Send one reply -> (status, bytes of body)."""
-        headers = dict(headers)
         self.connection.settimeout(SEND_S)
-        common = [f"X-Request-Id: {request.id if request else secrets.token_hex(8)}", f"Date: {formatdate(usegmt=True)}",
-                  "X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer", "Cache-Control: no-store"]
-        streams = isinstance(content, Stream)
-        if streams:
-            headers["Content-Type"], self.close_connection = content.content_type, True
+        streams, head_only = isinstance(content, Stream), request is not None and request.method == "HEAD"
+        self.close_connection |= streams
         body = b"" if streams else content if isinstance(content, bytes) else to_json(content) + b"\n"
-        headers.setdefault("Content-Type", "application/json")
-        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Refused')}", *(f"{k}: {v}" for k, v in headers.items()), *common]
-        lines += [f"Content-Length: {len(body)}"] if not streams and status != 204 else []
-        lines += ["Connection: close"] if self.close_connection else []
-        head_only = request is not None and request.method == "HEAD"
-        self.connection.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace") + (b"" if head_only else body))
+        fields = {"Content-Type": content.content_type if streams else "application/json", **dict(headers),
+                  "X-Request-Id": request.id if request else secrets.token_hex(8), "Date": formatdate(usegmt=True),
+                  "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
+        if not streams and status != 204:
+            fields["Content-Length"] = len(body)
+        if self.close_connection:
+            fields["Connection"] = "close"
+        first = f"HTTP/1.1 {status} {http.client.responses.get(status, 'Refused')}"
+        head = "\r\n".join([first, *(f"{k}: {v}" for k, v in fields.items()), "", ""]).encode("latin-1", "replace")
+        self.connection.sendall(head if head_only else head + body)
         if not streams or head_only:
             return status, len(body)
         sent = [0]
@@ -3710,9 +3682,6 @@ class Handler(BaseHTTPRequestHandler):
                 return status, size
             finally:
                 app.gate.leave(slot.name)
-
-    def log_message(self, *args):
-        """http.server's own log; ours is one line a request."""
 
 
 class Server(ThreadingHTTPServer):
