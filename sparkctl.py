@@ -3052,9 +3052,7 @@ class Request:
     def __init__(self, method, target, minor, fields):
         self.method, self.target, self.minor, self.fields = method, target, minor, fields   # fields: [(name, value)]
         self.path, _, self.raw_query = target.partition("?")
-        self.headers = {}
-        for k, v in fields:
-            self.headers.setdefault(k.lower(), v)
+        self.headers = {k.lower(): v for k, v in reversed(fields)}      # of one given twice the first counts
         self.id = secrets.token_hex(8)
         self.client, self.body, self.query, self.args, self.json = "", b"", {}, {}, {}
         self.gone = lambda: False       # whether the client has hung up
@@ -3196,13 +3194,6 @@ def check_names(value):
 
 
 boolean = lambda value: expect("bool", value)
-
-
-class Stream:
-    """A reply that a handler writes itself: run(send) until it returns; send(bytes) raises OSError when the client left."""
-
-    def __init__(self, run, content_type="text/event-stream"):
-        self.run, self.content_type = run, content_type
 
 
 class App:
@@ -3425,7 +3416,7 @@ def stream_swap(app, r):
             if quiet == 60:
                 quiet = 0
                 send(b": keep-alive\n\n")
-    return 200, Stream(run), {}
+    return 200, run
 
 
 def get_events(app, r):
@@ -3500,7 +3491,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle(self):
         self.buffer, self.close_connection, self.answered = bytearray(), False, False
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):      # of a reply that says what is wrong
             while not self.close_connection:
                 self.one_request()
 
@@ -3514,18 +3505,16 @@ class Handler(BaseHTTPRequestHandler):
             asked, self.close_connection = f"{request.method} {request.path}", request.close
             request.client, request.gone = self.client_address[0], self.client_gone
             status, size = self.answer(request, length)
-        except Refused as e:
-            # after one of these, what follows on this connection cannot be trusted to be a request
-            self.close_connection |= e.status in (400, 408, 413, 431)
-            status, size = self.reply(request, e.status, e.body(), e.headers)
         except (ClientGone, OSError):
             self.close_connection = True
             status = 499 if busy else 0         # nginx's word for: the client closed the connection
         except Exception as e:
-            log(f"{asked}: {type(e).__name__}: {e}\n{traceback.format_exc()}")
-            self.close_connection = True
-            with contextlib.suppress(OSError):
-                status, size = self.reply(request, 500, Refused(500, "internal", "an internal error; sparkctl's own log has it").body())
+            if not isinstance(e, Refused):
+                log(f"{asked}: {type(e).__name__}: {e}\n{traceback.format_exc()}")
+                e = Refused(500, "internal", "an internal error; sparkctl's own log has it")
+            # after one of these, what follows on this connection cannot be trusted to be a request
+            self.close_connection |= e.status in (400, 408, 413, 431, 500)
+            status, size = self.reply(request, e.status, e.body(), e.headers)
         finally:
             if request or status:
                 took = (time.monotonic() - started) * 1000
@@ -3618,22 +3607,20 @@ class Handler(BaseHTTPRequestHandler):
         request.body = self.read_body(request, length, settings["MAX_BODY_MB"] << 20)
         if proxied:
             return self.proxy(app, request)
-        try:
-            pairs = urllib.parse.parse_qsl(request.raw_query, keep_blank_values=True, max_num_fields=50)
-        except ValueError:
-            raise Refused(400, "bad_request", "too many query fields") from None
-        request.query = checked(dict(pairs), route.query, "the query")
+        if request.raw_query.count("&") >= 50:
+            raise Refused(400, "bad_request", "too many query fields")
+        request.query = checked(dict(urllib.parse.parse_qsl(request.raw_query, keep_blank_values=True)), route.query, "the query")
         if route.body is not None:
             request.json = checked(parse_json(request.body), route.body, "the body")
         return self.reply(request, *route.handler(app, request))
 
     def reply(self, request, status, content, headers=()):
-        """Send one reply -> (status, bytes of body)."""
+        """Send one reply -> (status, bytes of body). content: bytes, what JSON can hold, or run(send), a stream until it returns."""
         self.connection.settimeout(SEND_S)
-        streams, head_only = isinstance(content, Stream), request is not None and request.method == "HEAD"
+        streams, head_only = callable(content), request is not None and request.method == "HEAD"
         self.close_connection |= streams
         body = b"" if streams else content if isinstance(content, bytes) else to_json(content) + b"\n"
-        fields = {"Content-Type": content.content_type if streams else "application/json", **dict(headers),
+        fields = {"Content-Type": "text/event-stream" if streams else "application/json", **dict(headers),
                   "X-Request-Id": request.id if request else secrets.token_hex(8), "Date": formatdate(usegmt=True),
                   "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
         if not streams and status != 204:
@@ -3647,10 +3634,10 @@ class Handler(BaseHTTPRequestHandler):
             return status, len(body)
         sent = [0]
 
-        def send(data):
+        def send(data):                         # raises OSError when the client left
             self.connection.sendall(data)
             sent[0] += len(data)
-        content.run(send)
+        content(send)
         return status, sent[0]
 
     def proxy(self, app, request):
@@ -3687,24 +3674,23 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, 128
 
-    def __init__(self, address, app):
+    def __init__(self, address, app, handler=Handler):
         self.app = app
         self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._idle = threading.Condition()
         self._busy = 0                          # guarded by _idle; requests being answered
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, Handler)
+        super().__init__(address, handler)
 
     def process_request(self, request, client_address):
-        if not self._slots.acquire(blocking=False):
-            with contextlib.suppress(OSError):
-                request.settimeout(1)
-                body = to_json(Refused(503, "too_many_connections", f"more than {CONNECTIONS_MAX} connections").body())
-                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Type: application/json\r\n"
-                                b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
+        if self._slots.acquire(blocking=False):
+            return super().process_request(request, client_address)
+        body = to_json(Refused(503, "too_many_connections", f"more than {CONNECTIONS_MAX} connections").body())
+        with contextlib.suppress(OSError):
+            request.settimeout(1)
+            request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
+                            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        self.shutdown_request(request)
 
     def process_request_thread(self, request, client_address):
         try:
@@ -3744,7 +3730,7 @@ slots:
 backends:
   demo:
     stop: p=$(cat DIR/{container}.pid 2>/dev/null) && kill "$p" 2>/dev/null; rm -f DIR/{container}.pid
-    launch: "(PYTHON SCRIPT demo-engine --model {model} --port {port} {extra_args} >DIR/{container}.log 2>&1 &
+    launch: "(PYTHON SCRIPT demo-engine {port} {model} {served_names} >DIR/{container}.log 2>&1 &
       echo $! >DIR/{container}.pid; wait) >/dev/null 2>&1 &"
     logs: tail -n +1 -F DIR/{container}.log 2>/dev/null
     alive: read -r p <DIR/{container}.pid && kill -0 "$p"
@@ -3753,12 +3739,10 @@ backends:
 
 def demo_setup(folder):
     """Write the demo's files, its models.yaml and services-overrides.yaml among them, below folder -> settings as environment."""
-    with socket.socket() as s:                  # a port that is free now; the engine takes it a moment later
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    words = {"PORT": str(port), "DIR": quote_arg(folder), "PYTHON": quote_arg(sys.executable),
-             "SCRIPT": quote_arg(os.path.abspath(__file__)), "LOCAL": json.dumps(os.path.join(folder, "house-style"), ensure_ascii=False),
-             "KNOBS": "knobs: {max-model-len: 8192, gpu-memory-utilization: 0.05}"}
+    with socket.create_server(("127.0.0.1", 0)) as s:       # a port that is free now; the engine takes it a moment later
+        words = {"PORT": str(s.getsockname()[1]), "DIR": quote_arg(folder), "PYTHON": quote_arg(sys.executable),
+                 "SCRIPT": quote_arg(os.path.abspath(__file__)), "LOCAL": json.dumps(f"{folder}/house-style", ensure_ascii=False),
+                 "KNOBS": "knobs: {max-model-len: 8192, gpu-memory-utilization: 0.05}"}
     weights = ["house-style", *(f"hub/models--demo--{name}/snapshots/1" for name in ("tiny-chat", "wide-chat", "too-greedy"))]
     files = {f"{source}/{name}": "{}" for source in weights for name in ("config.json", "model.safetensors")}
     for name, said in {**files, "models.yaml": DEMO_MODELS, "services-overrides.yaml": DEMO_SERVICES}.items():
@@ -3770,67 +3754,46 @@ def demo_setup(folder):
     return {"SPARK1_HOST": "local", "SPARK2_HOST": "local", "LOCAL_MODEL_ROOTS": folder}
 
 
-class DemoEngine(BaseHTTPRequestHandler):
-    """Answers like vLLM 0.33: health, the model list, completions, chat with streaming."""
+class DemoEngine(Handler):
+    """Answers like vLLM 0.33: health, the model list, completions, chat with streaming. Its server's app is the model's names."""
 
-    disable_nagle_algorithm = True
-
-    def do_GET(self):
-        cards = [{"id": n, "object": "model", "owned_by": "vllm", "root": self.server.model} for n in self.server.names]
-        known = {"/health": {}, "/v1/models": {"object": "list", "data": cards}, "/version": {"version": "0.33.0"}}
-        self.send(200 if self.path in known else 404, known.get(self.path, {"detail": "Not Found"}))
-
-    def do_POST(self):
-        asked, me = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}"), self.server.names[0]
-        name = asked.get("model") or me
-        if name not in self.server.names:
-            return self.send(404, {"error": {"message": f"The model `{name}` does not exist.", "type": "NotFoundError", "code": 404}})
-        chat, stream = self.path == "/v1/chat/completions", bool(asked.get("stream"))
+    def answer(self, request, length):
+        asked, names = parse_json(self.read_body(request, length, 32 << 20)), self.server.app
+        if request.method == "GET":
+            cards = [{"id": name, "object": "model", "owned_by": "vllm"} for name in names]
+            known = {"/health": {}, "/v1/models": {"object": "list", "data": cards}, "/version": {"version": "0.33.0"}}
+            return self.reply(request, 200 if request.path in known else 404, known.get(request.path, {"detail": "Not Found"}))
+        name = asked.get("model") or names[0]
+        if name not in names:
+            raise Refused(404, "NotFoundError", f"The model `{name}` does not exist.")
+        chat, streams = request.path == "/v1/chat/completions", bool(asked.get("stream"))
         said = asked.get("messages", [{}])[-1].get("content", "") if chat else asked.get("prompt", "")
-        answer = f"This is {me}, a pretended model. You said: {said}"
-        usage = {"prompt_tokens": len(str(said).split()), "completion_tokens": len(answer.split())}
+        text = f"This is {names[0]}, a pretended model. You said: {said}"
+        usage = {"prompt_tokens": len(str(said).split()), "completion_tokens": len(text.split())}
         usage["total_tokens"] = sum(usage.values())
-        base = {"id": "demo-" + secrets.token_hex(6), "created": int(time.time()), "model": me,
-                "object": "text_completion" if not chat else "chat.completion.chunk" if stream else "chat.completion"}
+        base = {"id": "demo-" + request.id, "created": int(time.time()), "model": names[0],
+                "object": "text_completion" if not chat else "chat.completion.chunk" if streams else "chat.completion"}
 
         def choices(text, finish):
-            part = {"delta" if stream else "message": {"role": "assistant", "content": text}} if chat else {"text": text}
+            part = {"delta" if streams else "message": {"role": "assistant", "content": text}} if chat else {"text": text}
             return [{"index": 0, "finish_reason": finish, **part}]
-        if not stream:
-            return self.send(200, {**base, "choices": choices(answer, "stop"), "usage": usage})
-        self.send(200, None)
-        for word in re.findall(r"\S+\s*", answer):
-            self.wfile.write(b"data: " + to_json({**base, "choices": choices(word, None)}) + b"\n\n")
-            time.sleep(0.03)
-        self.wfile.write(b"data: " + to_json({**base, "choices": [], "usage": usage}) + b"\n\ndata: [DONE]\n\n")
 
-    def send(self, status, content):
-        """One JSON reply; for None the head of a stream, which the end of its connection ends."""
-        body = b"" if content is None else to_json(content)
-        self.send_response(status)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8" if content is None else "application/json")
-        if content is not None:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        """Quiet: the log is for loading."""
+        def run(send):
+            for word in re.findall(r"\S+\s*", text):
+                send(b"data: " + to_json({**base, "choices": choices(word, None)}) + b"\n\n")
+                time.sleep(0.03)
+            send(b"data: " + to_json({**base, "choices": [], "usage": usage}) + b"\n\ndata: [DONE]\n\n")
+        return self.reply(request, 200, run if streams else {**base, "choices": choices(text, "stop"), "usage": usage})
 
 
-def demo_engine(argv):
+def demo_engine(port, model, *names):
     """Load for three seconds, saying what vLLM would, then serve until told to end or until sparkctl is gone."""
-    parser = argparse.ArgumentParser(prog="demo-engine")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--served-model-name", nargs="+", required=True)
-    args, _ = parser.parse_known_args(argv)
-    lines = [f"INFO vLLM server version 0.33.0 (pretended), serving model {args.model}", f"INFO Starting to load model {args.model}...",
+    lines = [f"INFO vLLM server version 0.33.0 (pretended), serving model {model}", f"INFO Starting to load model {model}...",
              *(f"Loading safetensors checkpoint shards: {n * 100 // 12:3}% Completed | {n}/12 [00:01<00:01, 6it/s]" for n in range(1, 13)),
              "INFO Model loading took 61.204518 GiB memory and 2.040000 seconds", "INFO torch.compile took 0.40 s in total",
              "INFO GPU KV cache size: 1,711,646 tokens, Maximum concurrency for 8,192 tokens per request: 208.94x",
              "INFO Capturing CUDA graphs (decode, FULL): 100%|##########| 35/35"]
-    fails = "too-greedy" in args.model
+    fails = "too-greedy" in names
     if fails:
         lines[10:] = ["torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.12 GiB.",
                       "RuntimeError: Engine core initialization failed. See root cause above."]
@@ -3839,13 +3802,12 @@ def demo_engine(argv):
         time.sleep(0.17)
     if fails:
         return 1
-    server = ThreadingHTTPServer(("127.0.0.1", args.port), DemoEngine)
-    server.model, server.names = args.model, args.served_model_name
+    server = Server(("127.0.0.1", int(port)), names, DemoEngine)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print("INFO:     Application startup complete.", flush=True)
     with contextlib.suppress(ProcessLookupError):
         while True:
-            os.kill(int(os.environ.get("SPARKCTL_DEMO_PID", 0)), 0)      # only asks whether it lives
+            os.kill(int(os.environ["SPARKCTL_DEMO_PID"]), 0)        # only asks whether it lives
             time.sleep(0.3)
     return 0
 
@@ -3858,9 +3820,8 @@ def build_settings(args, environ):
     flags = {"SPARKCTL_BIND": args.bind, "SPARKCTL_PORT": args.port, "SPARKCTL_DATA": args.data}
     early = parse_settings(environ, {}, flags)
     data_dir = os.path.join(HERE, early["SPARKCTL_DATA"])
-    settings_file = os.path.join(data_dir, "settings.yaml")
     try:
-        settings = parse_settings(environ, read_yaml(settings_file), flags)
+        settings = parse_settings(environ, read_yaml(os.path.join(data_dir, "settings.yaml")), flags)
     except (OSError, ValueError) as e:
         settings = early._replace(warnings=(*early.warnings, f"settings.yaml cannot be read and is ignored: {e}"))
     paths = {"models": args.models or os.path.join(HERE, "models.yaml"),
@@ -3870,15 +3831,15 @@ def build_settings(args, environ):
 
 
 def exposure(settings, root, allow_root):
-    """What is unwise about who may reach us -> sentences."""
-    bind, told = settings["SPARKCTL_BIND"], []
+    """What is unwise about who may reach us -> (sentences, whether the first is a refusal)."""
+    bind = settings["SPARKCTL_BIND"]
     loopback = bind in ("localhost", "::1") or bind.startswith("127.")
-    if root:
-        told.append("sparkctl runs as root and needs no root: run it as a user that may ssh to the Sparks" if loopback or allow_root
-                    else "root on a non-loopback address is refused; use another user, or --allow-root")
+    refused = root and not loopback and not allow_root
+    told = ["root on a non-loopback address is refused; use another user, or --allow-root" if refused else
+            "sparkctl runs as root and needs no root: run it as a user that may ssh to the Sparks"] if root else []
     if not loopback and not settings["SPARKCTL_API_KEY"]:
         told.append(f"anybody who reaches {bind} may swap models: set SPARKCTL_API_KEY")
-    return told, root and not loopback and not allow_root
+    return told, refused
 
 
 def refuse(why):
@@ -3890,21 +3851,19 @@ def refuse(why):
 def run_check(store, found):
     """Print everything in force and every problem, those already found first -> exit code. No Spark is contacted."""
     config = store.current
-    layout, hidden = config.layout, config.settings["DISABLED_SERVICES"]
-    templates = {"launch-cluster": LAUNCH_CLUSTER, **layout.backends}
+    layout, slots, models = config.layout, config.layout.slots.values(), config.models.values()
     hosts = collections.Counter(s.host for s in config.sparks.values() if not s.local)
     found += [*config.settings.warnings, *map(str, config.problems)]
     found += [f"two Sparks have the same host {h}" for h in sorted(hosts) if hosts[h] > 1]
     found += [] if config.sparks else ["no Spark is configured: set SPARK1_HOST (and SPARK2_HOST)"]
-    found += [] if config.models else ["the catalog is empty"]
-    slots, models = layout.slots.values(), config.models.values()
+    found += [] if models else ["the catalog is empty"]
     for title, lines in (
             ("Settings", [f"{row['name']} = {row['value']}  ({row['source']})" for row in config.settings.public()
                           if row["source"] != "default" or not re.match(r"SPARK\d_", row["name"])]),
             ("Sparks", [f"{s.name}: {f'{s.user}@' if s.user else ''}{s.host}" for s in config.sparks.values()]),
             ("Slots", [f"{s.name}: {', '.join(s.hosts)}, port {s.port}, container {s.container}, backend {s.backend}" for s in slots]),
-            ("Backends", [f"{name}: {printable(template.launch, 200)}" for name, template in templates.items()]),
-            ("Services", [f"{s.name}: {s.kind} on {s.host} port {s.port}{' (disabled)' if s.name in hidden else ''}"
+            ("Backends", [f"{k}: {printable(t.launch, 200)}" for k, t in {"launch-cluster": LAUNCH_CLUSTER, **layout.backends}.items()]),
+            ("Services", [f"{s.name}: {s.kind} on {s.host} port {s.port}{' (disabled)' if s.name in config.settings['DISABLED_SERVICES'] else ''}"
                           for s in layout.services.values() if s.configured]),
             (f"Models ({len(models)})", [f"{m.key}: {m.source} ({m.mode}) answers to {', '.join(m.served_names)}" for m in models]),
             ('No Spark was contacted; a dry run does: POST /api/swap?wait=60 {"model": KEY, "dry_run": true}', []),
@@ -3925,7 +3884,6 @@ def serve(store, data_dir, allow_root, demo):
     most = math.inf if hard == resource.RLIM_INFINITY else hard
     with contextlib.suppress(OSError, ValueError):      # every connection may need one to the engine as well
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4096), most), hard))
-    address = settings["SPARKCTL_BIND"], settings["SPARKCTL_PORT"]
     try:
         lock = open(os.path.join(data_dir, "lock"), "wb")       # open until we end
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3933,11 +3891,11 @@ def serve(store, data_dir, allow_root, demo):
             if name.startswith(".tmp-"):
                 os.unlink(os.path.join(data_dir, name))
         app = App(store, data_dir, demo)
-        server = Server(address, app)
+        server = Server((settings["SPARKCTL_BIND"], settings["SPARKCTL_PORT"]), app)
     except BlockingIOError:
         return refuse(f"{data_dir}: another sparkctl uses this data directory")
-    except (OSError, ValueError) as e:          # ValueError: a name that is none, such as a..b
-        return refuse(f"cannot start on {address[0]} port {address[1]} with data in {data_dir}: {e}")
+    except (OSError, ValueError) as e:          # ValueError: an address that no name can be
+        return refuse(f"cannot start on {settings['SPARKCTL_BIND']} port {settings['SPARKCTL_PORT']} with data in {data_dir}: {e}")
     app.warnings[:0] = [] if demo else warnings
     told, tell = socket.socketpair()            # the kernel may give a signal to any thread, and only a byte wakes this one
     tell.setblocking(False)
@@ -3956,10 +3914,9 @@ def serve(store, data_dir, allow_root, demo):
     return 0
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv):
     if argv[:1] == ["demo-engine"]:
-        return demo_engine(argv[1:])
+        return demo_engine(*argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Every setting is an environment variable: see README.md")
     parser.add_argument("command", nargs="?", choices=("serve", "check"), default="serve",
                         help="serve (the default): run; check: print what is in force, with every problem")
@@ -3972,19 +3929,14 @@ def main(argv=None):
     parser.add_argument("--demo", action="store_true", help="two pretended Sparks on this machine; needs no hardware")
     parser.add_argument("--allow-root", action="store_true", help="run as root on a non-loopback address all the same")
     args = parser.parse_args(argv)
-    for name in ("bind", "port"):
-        try:
-            SETTING["SPARKCTL_" + name.upper()].parse(getattr(args, name) or "0")
-        except ValueError as e:
-            parser.error(f"--{name} {e}")
+    for wrong in parse_settings({}, flags={"SPARKCTL_BIND": args.bind, "SPARKCTL_PORT": args.port}).warnings:
+        parser.error(wrong.removesuffix("; using the next source"))
     os.umask(0o077)
     environ = os.environ
     with contextlib.ExitStack() as cleanup:
         if args.demo:
-            args.data = os.path.abspath(os.path.join(HERE, args.data)) if args.data else \
-                cleanup.enter_context(tempfile.TemporaryDirectory(prefix="sparkctl-demo-"))
-            os.makedirs(args.data, exist_ok=True)
-            folder = tempfile.mkdtemp(prefix="engines-", dir=args.data)
+            folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="sparkctl-demo-"))
+            args.data = args.data or folder
             args.models, args.services = os.path.join(folder, "models.yaml"), os.path.join(folder, "services-overrides.yaml")
             kept = ("SPARKCTL_BIND", "SPARKCTL_PORT", "SPARKCTL_API_KEY")
             environ = {k: v for k, v in os.environ.items() if k not in SETTING or k in kept} | demo_setup(folder)
@@ -4007,6 +3959,6 @@ def main(argv=None):
 if __name__ == "__main__":
     status = 1
     with contextlib.suppress(BrokenPipeError):          # `check | head`
-        status = main()
+        status = main(sys.argv[1:])
         sys.stdout.flush()
     os._exit(status)    # at once: a daemon thread in the middle of a log line could hang or abort a normal exit
