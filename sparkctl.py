@@ -3851,7 +3851,7 @@ def refuse(why):
 def run_check(store, found):
     """Print everything in force and every problem, those already found first -> exit code. No Spark is contacted."""
     config = store.current
-    layout, slots, models = config.layout, config.layout.slots.values(), config.models.values()
+    layout, slots, models, hidden = config.layout, config.layout.slots.values(), config.models.values(), config.settings["DISABLED_SERVICES"]
     hosts = collections.Counter(s.host for s in config.sparks.values() if not s.local)
     found += [*config.settings.warnings, *map(str, config.problems)]
     found += [f"two Sparks have the same host {h}" for h in sorted(hosts) if hosts[h] > 1]
@@ -3863,7 +3863,7 @@ def run_check(store, found):
             ("Sparks", [f"{s.name}: {f'{s.user}@' if s.user else ''}{s.host}" for s in config.sparks.values()]),
             ("Slots", [f"{s.name}: {', '.join(s.hosts)}, port {s.port}, container {s.container}, backend {s.backend}" for s in slots]),
             ("Backends", [f"{k}: {printable(t.launch, 200)}" for k, t in {"launch-cluster": LAUNCH_CLUSTER, **layout.backends}.items()]),
-            ("Services", [f"{s.name}: {s.kind} on {s.host} port {s.port}{' (disabled)' if s.name in config.settings['DISABLED_SERVICES'] else ''}"
+            ("Services", [f"{s.name}: {s.kind} on {s.host} port {s.port}{' (disabled)' if s.name in hidden else ''}"
                           for s in layout.services.values() if s.configured]),
             (f"Models ({len(models)})", [f"{m.key}: {m.source} ({m.mode}) answers to {', '.join(m.served_names)}" for m in models]),
             ('No Spark was contacted; a dry run does: POST /api/swap?wait=60 {"model": KEY, "dry_run": true}', []),
