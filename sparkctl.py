@@ -17,22 +17,24 @@ Contents (each section uses only names from the sections above it; a test proves
    5  services       slots, backends and services from services-overrides.yaml
    6  backends       what is run on a Spark: pure builders of shell text, every value through quote_arg
    7  engine         what a vLLM says: its HTTP answers, its log lines
-   8  swap rules     phases, the one table of transitions, invariants, checks: pure
-   9  swap           the worker that acts: SwapManager
-  10  monitor        who watches Sparks and slots, events
-  11  data path      /v1: which slot, hold while it swaps, relay bytes as they come
-  12  http           routes, guards, long-poll
-  13  demo           a pretended engine, run by the very same swap code
-  14  command line
+   8  swap rules     phases, the one table of transitions, the lease, invariants, checks: pure
+   9  swap           the Arbiter, who says yes or no, and SwapManager's worker, who acts
+  10  coordination   events, webhooks, cron, schedules of others, jobs of our own
+  11  monitor        who watches Sparks and slots
+  12  data path      /v1: which slot, hold while it swaps, relay bytes as they come
+  13  http           routes, guards, long-poll
+  14  demo           a pretended engine, run by the very same swap code
+  15  command line
 
 Threads: the main thread waits for a signal; `accept` takes connections, one thread each; `swap` performs the
-running swap, alone, with a short-lived pool for Sparks asked at once; `config` re-reads the YAML files; `spark-NAME`
+running swap, alone, with a short-lived pool for Sparks asked at once; `lease` ends the lock on time; `jobs` starts
+what is due, in a thread `job` each; `webhook` delivers, one a receiver; `config` re-reads the YAML files; `spark-NAME`
 and `slot-NAME` poll, one each, so that a dead Spark delays only itself; `follow` reads an engine's log during a swap.
-Locks: Hub.changed guards the version that long-polls wait on; SwapManager._lock the running swap and what each
-slot was given, and _save_lock its journal; Gate._cond the holding and counting of requests; Events._lock and
-SwapLog._lock a list and the file it is appended to; Monitor._lock what the polls last saw; Hosts._lock the resolved
-addresses; Server._idle the count of replies in flight. No lock is held across ssh, HTTP or sleep; only _save_lock,
-Events._lock and SwapLog._lock across a file. _save_lock is taken before _lock; no other two are held at once.
+Locks: Arbiter._lock guards the one decision who may start what, and is held until the journal has it; Hub.changed the
+version that long-polls wait on; Gate._cond the holding and counting of requests; Events._lock, SwapLog._lock and
+Register._lock a list and its file; Webhooks._lock deliveries and queues; Jobs._lock which jobs run; Monitor._lock what
+the polls last saw; Hosts._lock the resolved addresses; Server._idle the count of replies in flight. No lock is held
+across ssh, HTTP or sleep, and no two at once. What is published is immutable and replaced whole: readers take no lock.
 Trusted: the two YAML files, the environment, the user that ssh logs in as. Not trusted: clients, web pages in
 the owner's browser, what an engine or a Spark answers.
 """
@@ -44,11 +46,14 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import fnmatch
+import functools
 import hashlib
 import hmac
 import http.client
 import io
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -62,6 +67,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import subprocess
 import sys
@@ -72,7 +78,7 @@ import traceback
 import types
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Callable, NamedTuple
@@ -100,16 +106,18 @@ def require(ok, message):
 
 def text(value):
     """Any single line of text."""
+    value.encode()                              # lone surrogates: UnicodeEncodeError is a ValueError
     require(not re.search(r"[\x00-\x1f\x7f]", value), "must not contain control characters")
     return value
 
 
-def number(low, high, whole=False):
-    """A parser of numbers from low to high."""
+def number(low, high, kind=float):
+    """A parser of texts that are numbers from low to high."""
     def parse(value):
-        got = int(value) if whole else float(value)
-        require(low <= got <= high, f"must be from {low} to {high}")
-        return got
+        with contextlib.suppress(ValueError):
+            if low <= kind(value) <= high:
+                return kind(value)
+        raise ValueError(f"must be a {'whole ' if kind is int else ''}number from {low} to {high}")
     return parse
 
 
@@ -133,6 +141,14 @@ def names(value):
     return tuple(part.strip() for part in text(value).split(",") if part.strip())
 
 
+def urls(value):
+    """A comma-separated list of http or https addresses."""
+    for place in map(urllib.parse.urlsplit, names(value)):
+        require(place.scheme in ("http", "https") and place.hostname and place.port != 0 and re.fullmatch("[!-~]+", value.replace(", ", ",")),
+                "must be addresses that start with http:// or https://")
+    return names(value)
+
+
 def abs_paths(value):
     for path in names(value):
         require(path.startswith("/") and os.path.normpath(path) == path, f"{path!r} is not an absolute, normalised path")
@@ -154,10 +170,10 @@ class Setting(NamedTuple):
     secret: bool = False        # never returned, logged, or put on a command line
 
 
-PORT, SECONDS = number(1, 65535, whole=True), number(0, 86400)
+PORT, SECONDS = number(1, 65535, int), number(0, 86400)
 SETTINGS = (
     Setting("SPARKCTL_BIND", "127.0.0.1", text, "address to listen on; loopback unless you say otherwise"),
-    Setting("SPARKCTL_PORT", "9999", number(0, 65535, whole=True), "port to listen on (0 = any free one)"),
+    Setting("SPARKCTL_PORT", "9999", number(0, 65535, int), "port to listen on (0 = any free one)"),
     Setting("SPARKCTL_DATA", "data", text, "directory for state; relative to the script (environment or --data only)"),
     Setting("SPARKCTL_API_KEY", "", text, "key that clients send as `Authorization: Bearer …`; blank = no key", True),
     Setting("SPARKCTL_ALLOWED_HOSTS", "", names, "further Host names to answer to, besides IP addresses, localhost, "
@@ -180,8 +196,12 @@ SETTINGS = (
     Setting("SWAP_ANSWER_TIMEOUT", "60", number(1, 3600), "longest time from the engine's word that it is up to its first answer, seconds"),
     Setting("SWAP_WARM_TIMEOUT", "300", number(1, 3600), "longest time for an engine's first answer to a prompt, seconds"),
     Setting("SWAP_ROLLBACK", "on", flag, "launch the previous model again when a swap fails after the stop"),
+    Setting("MIN_SERVING_SECONDS", "120", SECONDS, "shortest time that a model serves before a job may replace it; people and holders of the lock may at any time"),
+    Setting("WEBHOOK_URL", "", urls, "where events are POSTed, comma-separated", True),
+    Setting("WEBHOOK_SECRET", "", text, "key of the signature X-Spark-Signature; blank = unsigned", True),
+    Setting("WEBHOOK_EVENTS", "swap_complete,swap_failed", names, "events that are POSTed, comma-separated; * at the end of a name stands for anything: lock_*"),
     Setting("HOLD_SECONDS", "60", SECONDS, "longest time a /v1 request is held while its slot swaps"),
-    Setting("MAX_BODY_MB", "32", number(1, 1024, whole=True), "largest body of an API or /v1 request, MiB"),
+    Setting("MAX_BODY_MB", "32", number(1, 1024, int), "largest body of an API or /v1 request, MiB"),
     Setting("POLL_SECONDS", "5", number(1, 3600), "time between two looks at a Spark or a slot"),
 )
 SETTING = {s.name: s for s in SETTINGS}
@@ -234,7 +254,7 @@ def parse_settings(env, file_values=None, flags=None, file_label="settings.yaml"
 
 
 # === 2 small helpers ==========================================================
-# Refusals carry their HTTP status; section 12 turns them into {"error": {...}}. Files are written whole or not at all.
+# Refusals carry their HTTP status; section 13 turns them into {"error": {...}}. Files are written whole or not at all.
 
 
 class Refused(Exception):
@@ -267,6 +287,26 @@ def utc(seconds=None):
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def parse_utc(text_):
+    """RFC 3339 -> Unix time. Raises ValueError, also for a time without its zone."""
+    at = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text_))
+    require(at.tzinfo, "a time needs its zone")
+    return at.timestamp()
+
+
+def boot_clock():
+    """Seconds that nobody can set, going on in suspend, from the same zero for every program of this boot."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+@functools.cache
+def boot_id():
+    """Which boot this is; "" where the system does not tell."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as f:
+        return f.read().strip()
+    return ""
+
+
 def quote_arg(value):
     """The one way a value reaches a shell: as exactly one argument. Raises ValueError for a NUL, which no argv can carry."""
     require("\0" not in str(value), "a NUL character cannot be passed to a program")
@@ -285,9 +325,10 @@ def quote_path(path):
 
 
 def printable(line, limit=4000):
-    """Text from outside made safe for terminals, logs and JSON: bounded, no control characters, valid Unicode."""
+    """Text from outside made safe for terminals, logs and JSON: bounded, no control characters, nothing that turns text around, valid Unicode."""
     line = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line[:2 * limit])
-    return "".join(" " if c == "\t" else "\ufffd" if c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" else c for c in line)[:limit]
+    line = re.sub("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", line)
+    return line.replace("\t", " ")[:limit]
 
 
 def to_json(value):
@@ -298,6 +339,51 @@ def to_json(value):
 def nearest(word, known):
     """The most similar known word, or None: for `did you mean`."""
     return next(iter(difflib.get_close_matches(str(word)[:100], list(known), n=1)), None)
+
+
+def checked(given, fields, where):
+    """given through its parsers. Raises Refused 422 that names the field, and the nearest known one."""
+    got = {}
+    for name, value in given.items():
+        if name not in fields:
+            hint = nearest(name, fields)
+            raise Refused(422, "unknown_field", f"{where} has no field {printable(str(name), 80)}" + (f"; did you mean {hint}?" if hint else ""),
+                          field=str(name)[:80], known=sorted(fields))
+        try:
+            got |= {} if value is None else {name: fields[name](value)}
+        except (ValueError, TypeError, RecursionError) as e:
+            raise Refused(422, "bad_field", f"{name} {e}", field=name) from None
+    return got
+
+
+def needed(given, *fields):
+    for name in fields:
+        if name not in given:
+            raise Refused(422, "bad_field", f"{name} is needed", field=name)
+
+
+def choice(*words):
+    return matching("|".join(words), f"must be one of {', '.join(words)}")
+
+
+def line_of(most):
+    def parse(value):
+        good = isinstance(value, str) and 0 < len(value) <= most and printable(value, most) == value
+        require(good, f"must be text of 1 to {most} characters on one line")
+        return value
+    return parse
+
+
+def amount(low, high, unit):
+    def parse(value):
+        require(isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high, f"must be {unit} from {low} to {high}")
+        return value
+    return parse
+
+
+def boolean(value):
+    require(isinstance(value, bool), "must be a bool")
+    return value
 
 
 def write_atomic(path, data):
@@ -337,11 +423,45 @@ def read_state(path, warn):
         return {}
 
 
+def restore(cls, got, **makers):
+    """A dataclass as JSON kept it; makers build a field from its JSON. Raises ValueError, TypeError or AttributeError for another shape."""
+    values = {}
+    for f in dataclasses.fields(cls):
+        value = got.get(f.name, f.default)
+        value = makers[f.name](value) if value and f.name in makers else tuple(value) if isinstance(value, list) else value
+        fits = isinstance(value, f.type) or isinstance(value, int) and isinstance(0.5, f.type)
+        require(fits and (not isinstance(value, float) or math.isfinite(value)), f"{f.name} is of another type")
+        values[f.name] = value
+    return cls(**values)
+
+
 def log(message):
     """To standard error, where systemd and a terminal look for it. Never raises: a full disk there must not stop a swap."""
     first, *more = message.splitlines()[:80] or [""]
     with contextlib.suppress(OSError, ValueError):
         print("\n".join((f"{utc()} {printable(first)}", *("    " + printable(line, 400) for line in more))), file=sys.stderr, flush=True)
+
+
+def write_state(path, doc, code=None):
+    """Write a JSON state file. If that fails: raises Refused 503 with that code, or without one only logs it."""
+    try:
+        write_atomic(path, to_json(doc))
+    except OSError as e:
+        log(f"{path} cannot be written: {e.strerror}; a restart now would lose what happened since")
+        if code:
+            raise Refused(503, code, f"{path} cannot be written: {e.strerror}") from None
+
+
+def forever(name, closing, step):
+    """A thread, not yet started, that calls step() until closing is set. No thread dies silently."""
+    def run():
+        while not closing.is_set():
+            try:
+                step()
+            except Exception as e:
+                log(f"{name}: {type(e).__name__}: {e}\n{traceback.format_exc()}")
+                closing.wait(1)
+    return threading.Thread(target=run, name=name, daemon=True)
 
 
 class Hub:
@@ -505,8 +625,8 @@ class Hosts:
         return ["sh", "-c", script] if spark.local else [*ssh_argv(spark, self.control_dir), "sh -c " + quote_arg(script)]
 
     def run(self, name, script, timeout_s, cancel=None):
-        """Run script on the Spark called name -> Result. Never raises for what the Spark does; Cancelled once cancel is set."""
-        spark = self.sparks[name]
+        """Run script on the Spark of that name, or on that Spark -> Result. Never raises for what the Spark does; Cancelled once cancel is set."""
+        spark = name if isinstance(name, Spark) else self.sparks[name]
         result = self._run_once(spark, script, timeout_s, cancel)
         # A shared connection that is stale or frozen is torn down. A socket whose master died is replaced by ssh itself;
         # a master that answers oddly, or a session that ended without a word because the master was told to exit
@@ -545,8 +665,8 @@ class Hosts:
             return "127.0.0.1"
         with self._lock:
             found = self._addresses.get(name)
-        with contextlib.suppress(OSError):          # ssh could not start: not kept
-            found = found or self._resolve(spark).get("hostname") or spark.host
+        with contextlib.suppress(OSError, KeyError):        # ssh could not start, or did not end in time: not kept
+            found = found or self._resolve(spark)["hostname"]
             with self._lock:
                 self._addresses[name] = found
         return found or spark.host
@@ -632,7 +752,7 @@ def expect(kind, value):
     wanted = {"text": str, "bool": bool, "number": (int, float), "whole number": int, "list": list, "mapping": dict}[kind]
     require(isinstance(value, wanted) and (kind == "bool" or not isinstance(value, bool)), f"must be a {kind}")
     require(kind != "number" or math.isfinite(value), "must be a number")
-    return printable(value, 4000) if kind == "text" and not value.isascii() else value
+    return re.sub("[\ud800-\udfff]", "\ufffd", value) if kind == "text" else value     # text that UTF-8 can hold
 
 
 def plain(value):
@@ -1061,12 +1181,6 @@ class Plan:
     pooling: bool = False       # answers embeddings, not completions
     need_gb: float = 0          # GiB per Spark that must be free before the launch; 0 = unknown
 
-    @classmethod
-    def from_dict(cls, got):
-        """Raises TypeError, KeyError or AttributeError for a journal of another shape."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{**{k: v for k, v in got.items() if k in known}, "served_names": tuple(got["served_names"]), "hosts": tuple(got["hosts"])})
-
 
 def stop_command(slot, config, wide):
     """The shell text that stops what runs in the slot; wide: a cluster may be there, so the launcher must visit every Spark."""
@@ -1277,6 +1391,11 @@ class Endpoint(NamedTuple):
         return reply.status, reply.read()
 
 
+def endpoint_of(place, hosts, settings):
+    """Where the engine of a Slot or a Plan answers."""
+    return Endpoint(hosts.address(place.hosts[0]), place.port, settings["VLLM_API_KEY"])
+
+
 def probe_vllm_endpoint(endpoint, timeout_s=2.0):
     """Ask an engine /health, then /v1/models -> Probe. Never raises; takes twice timeout_s at most."""
     # vLLM refuses connections until it is ready, answers /health 503 only when its engine is dead, and guards /v1
@@ -1298,6 +1417,11 @@ def probe_vllm_endpoint(endpoint, timeout_s=2.0):
         return Probe("silent", detail=told.get(type(e), "no answer"))
     except (ValueError, KeyError, TypeError, RecursionError):
         return Probe("foreign", detail="what answers is not a vLLM")
+
+
+def warm_request(model, pooling):
+    """(path, body) of one tiny request, by which an engine shows that it answers."""
+    return ("/v1/embeddings", {"model": model, "input": "Hello"}) if pooling else ("/v1/completions", {"model": model, "prompt": "Hello", "max_tokens": 1})
 
 
 LOG_PREFIX = re.compile(r"^(?:\([^)]*pid=\d+[^)]*\)\s*)*")
@@ -1427,8 +1551,7 @@ def check_swap(s):
             (s.model is not None or s.phase not in ("launching", "loading", "warming"), "an unload launches nothing"),
             (not (s.rollback_of and s.rollback), "a rollback does not roll back"),
             (s.phase in TERMINAL or not s.phases or s.phases[-1][2] is None, "the running phase has no duration yet")):
-        if not ok:
-            raise ValueError(f"swap {s.id} in {s.phase} breaks the rule: {rule}")
+        require(ok, f"swap {s.id} in {s.phase} breaks the rule: {rule}")
     return s
 
 
@@ -1462,6 +1585,8 @@ class Swap:
     skip_checks: tuple = ()
     note: str = ""
     client: str = ""
+    fence: int = 0                  # of the lease that it was started under
+    automatic: bool = False         # nobody asked for it just now: a job did
     seq: int = 0                    # grows with every change; what long-polls wait on
     # for the journal only
     plan: Plan | None = None
@@ -1491,25 +1616,15 @@ class Swap:
 
     @classmethod
     def from_journal(cls, got):
-        """Raises TypeError, KeyError, ValueError or AttributeError for another shape."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        got = {k: v for k, v in got.items() if k in known}
-        got["checks"] = tuple(Check(*c) for c in got.get("checks", ()))
-        got["phases"] = tuple((str(p), str(at), None if took is None else float(took)) for p, at, took in got.get("phases", ()))
-        got["fraction"], got["phase_began"] = (float(got.get(k, 0)) for k in ("fraction", "phase_began"))
-        if not all(isinstance(got.get(k), (str, type(None))) for k in ("ended_at", "model", "slot", "text", "note")) or not math.isfinite(got["fraction"]):
-            raise ValueError("a field is of another type")
-        for name in ("commands", "skip_checks"):
-            got[name] = tuple(got.get(name, ()))
-        for name in ("plan", "previous"):
-            got[name] = Plan.from_dict(got[name]) if got.get(name) else None
-        return check_swap(cls(**got))
+        """Raises TypeError, ValueError or AttributeError for another shape."""
+        plan = functools.partial(restore, Plan)
+        return check_swap(restore(cls, got, plan=plan, previous=plan, ended_at=lambda at: utc(parse_utc(at)), checks=lambda rows: tuple(Check(*row) for row in rows), phases=lambda rows: tuple(
+            (str(p), str(at), None if took is None else float(took)) for p, at, took in rows)))
 
 
 def advance(s, phase, now, **facts):
     """(swap, phase, Unix time) -> the swap in that phase. The only code that changes a phase. Raises ValueError."""
-    if phase not in TRANSITIONS[s.phase]:
-        raise ValueError(f"{s.phase} cannot become {phase}")
+    require(phase in TRANSITIONS[s.phase], f"{s.phase} cannot become {phase}")
     done = s.phases[:-1] + ((s.phases[-1][0], s.phases[-1][1], round(now - s.phase_began, 3)),) if s.phases else ()
     terminal = phase in TERMINAL
     phases = done + ((phase, utc(now), 0.0 if terminal else None),)
@@ -1517,10 +1632,6 @@ def advance(s, phase, now, **facts):
         s, phase=phase, phases=phases, phase_began=now, seq=s.seq + 1, ended_at=utc(now) if terminal else None,
         eta_seconds=0.0 if phase == "ready" else s.eta_seconds if not terminal else None, slower=False,
         fraction=1.0 if phase == "ready" else 0.0, text="", **facts))
-
-
-def transitions_as_text():
-    return [f"{phase} -> {', '.join(sorted(nexts, key=PHASES.index)) or '(end)'}" for phase, nexts in TRANSITIONS.items()]
 
 
 def estimate(s, durations, now):
@@ -1568,6 +1679,124 @@ def memory_need_gb(model, total_gb, nodes):
     except (TypeError, ValueError):
         share = 0.92
     return share * total_gb, weights, f"{share:g} of {total_gb:.1f} GB"
+
+
+def webhook_payload(s):
+    """What a webhook says of a swap that is over."""
+    return {"id": s.id, "slot": s.slot, "model": s.model, "from_model": s.from_model, "outcome": s.phase, "started": s.started_at, "finished": s.ended_at,
+            "phases": [{"phase": p, "seconds": took} for p, _, took in s.phases], "error": s.error, "holder": s.holder, "forced": s.forced,
+            "note": s.note, "rollback_of": s.rollback_of}
+
+
+LEASE_MAX_S = 86400
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease:
+    """The right to swap, given to one holder for a time. Immutable.
+
+    Its end counts on the clock of this boot, which nobody sets; expires_at is what people are shown, and what counts
+    after a reboot. Until its holder was told the token it can end by itself:
+        swap "asked"    granted, not answered   -> "" when answered, or the id of the swap it was taken for; ends if the
+                                                   client goes or we crash; its time does not run yet
+        swap ID         that swap is under way  -> ends if it fails (with its rollback) or the client went untold;
+                                                   "" once it serves and the holder was told; its time does not run yet
+        swap ""         the holder's own        -> ends by its token, by force, or in time
+    """
+    holder: str
+    fence: int                  # grows with every new lease; with the holder it makes the token
+    acquired_at: str
+    ttl: float                  # seconds, from when its holder is told the token
+    expires_at: float           # Unix time
+    ends: float                 # boot_clock()
+    boot: str                   # boot_id()
+    note: str = ""
+    client: str = ""
+    swap: str = ""
+    told: bool = True           # the holder has the token, or can ask for it again (Idempotency-Key)
+    orphan: bool = False        # the holder went away untold
+
+    def left(self):
+        """Seconds until it ends; not positive: it is over."""
+        return self.ttl if self.swap else self.ends - boot_clock()
+
+    def facts(self, client=""):
+        """What an event says of it."""
+        return {"holder": self.holder, "fence": self.fence, "client": client}
+
+    def replace(self, **facts):
+        return dataclasses.replace(self, **facts)
+
+    def extended(self, ttl, **facts):
+        return self.replace(ttl=ttl, ends=boot_clock() + ttl, expires_at=time.time() + ttl, boot=boot_id(), **facts)
+
+    def public(self, queue=0):
+        """The shape of the API; a wall clock that was set since moves what is shown, not when it ends."""
+        left, shown = max(0.0, self.left()), self.expires_at
+        shown = shown if abs(time.time() + left - shown) < 2 else time.time() + left
+        return {"locked": True, "holder": self.holder, "acquired_at": self.acquired_at, "expires_at": utc(shown),
+                "expires_in": round(left, 1), "fence": self.fence, "note": self.note, "queue": queue}
+
+    @classmethod
+    def from_journal(cls, got):
+        """The lease as it stands now. Raises TypeError, ValueError or AttributeError for another shape."""
+        lease = restore(cls, got)
+        require(max(lease.expires_at, lease.ends) < 1 << 33 and lease.ttl <= LEASE_MAX_S, "the lock ends too late")
+        if lease.boot == boot_id() != "":
+            return lease
+        left = min(LEASE_MAX_S, lease.expires_at - time.time())     # after a reboot only the wall clock is left to go by
+        return lease.replace(ends=boot_clock() + left, boot=boot_id())
+
+
+def lease_after(lease, s, rolls_back):
+    """What is left of a lease when swap s is over: one that was taken together with s ends with its failure."""
+    if not lease or not lease.swap or lease.swap not in (s.id, s.rollback_of) or rolls_back:
+        return lease
+    if s.phase != "ready" or s.rollback_of or lease.orphan:
+        return None
+    return lease.extended(lease.ttl, swap="") if lease.told else lease
+
+
+# What is kept of a request with an Idempotency-Key: when, a hash of what was asked, and the swap or, if the model was
+# served already (swap ""), which; and the lease that came with it (fence 0: none).
+ANSWER = {"at": (int, float), "print": str, "swap": str, "slot": str, "model": str, "fence": int, "holder": str}
+
+
+@dataclasses.dataclass(frozen=True)
+class Book:
+    """All that decides who may start what, and all that swap.json holds. Immutable; replaced whole."""
+    running: Swap | None = None
+    waiting: Swap | None = None     # takes the place of the running rollback
+    slots: dict = dataclasses.field(default_factory=dict)       # slot -> Plan of what we launched there
+    lease: Lease | None = None
+    fence: int = 0                  # of the last lease
+    keys: dict = dataclasses.field(default_factory=dict)        # Idempotency-Key -> what it was answered
+
+    def replace(self, **facts):
+        return dataclasses.replace(self, **facts)
+
+    def doc(self):
+        return {"running": self.running and self.running.journal(), "waiting": self.waiting and self.waiting.journal(),
+                "slots": {slot: dataclasses.asdict(plan) for slot, plan in self.slots.items()},
+                "lease": self.lease and dataclasses.asdict(self.lease), "fence": self.fence, "keys": self.keys}
+
+    @classmethod
+    def from_doc(cls, got):
+        """Raises TypeError, KeyError, ValueError or AttributeError for another shape."""
+        require(not got or "slots" in got, "not a journal")
+        running, waiting = (Swap.from_journal(got[k]) if got.get(k) else None for k in ("running", "waiting"))
+        lease, keys, fence = Lease.from_journal(got["lease"]) if got.get("lease") else None, got.get("keys", {}), got.get("fence", 0)
+        good = isinstance(fence, int) and all(isinstance(a[k], t) for a in keys.values() for k, t in ANSWER.items())
+        require(good, "fence or keys are of another type")
+        return cls(running, waiting, {slot: restore(Plan, p) for slot, p in got.get("slots", {}).items()}, lease,
+                   max(fence, lease.fence if lease else 0), keys)
+
+
+def recent_failures(recent, model, now, within=3600):
+    """Swaps to model whose engine did not come up in the last hour, since it last did; newest first. For the breaker."""
+    since_ready = itertools.takewhile(lambda s: s.phase != "ready", (s for s in recent if s.model == model and not s.dry_run))
+    return [s for s in since_ready if s.phase == "failed" and parse_utc(s.ended_at) > now - within
+            and {p for p, _, _ in s.phases} & {"launching", "loading", "warming"}]
 
 
 class Look:
@@ -1760,12 +1989,11 @@ class Gate:
         with self._cond:
             self._waiting[slot] += 1
             try:
-                if not self._cond.wait_for(lambda: slot not in self._held, hold_s):
-                    return False
+                free = self._cond.wait_for(lambda: slot not in self._held, hold_s)
             finally:
                 self._waiting[slot] -= 1
-            self._inflight[slot] += 1
-            return True
+            self._inflight[slot] += 1 if free else 0
+            return free
 
     def leave(self, slot):
         with self._cond:
@@ -1797,7 +2025,6 @@ class SwapLog:
         self.path = path
         self._lock = threading.Lock()
         self._lines = collections.deque(maxlen=self.KEEP)   # guarded by _lock; (n, at, text)
-        self._next = 1                                      # guarded by _lock
         self._room = self.DISK                              # guarded by _lock
         with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
@@ -1805,8 +2032,7 @@ class SwapLog:
                 self._append_locked(at, said)
 
     def _append_locked(self, at, said):
-        self._lines.append((self._next, at, said))
-        self._next += 1
+        self._lines.append((self._lines[-1][0] + 1 if self._lines else 1, at, said))
         self._room -= len(said) + 26
 
     def add(self, said):
@@ -1821,10 +2047,8 @@ class SwapLog:
     def after(self, n, limit=1000):
         """Lines whose number is greater than n, at most limit."""
         with self._lock:
-            if not self._lines or self._lines[-1][0] <= n:
-                return []
-            start = max(0, n + 1 - self._lines[0][0])
-            return [self._lines[i] for i in range(start, min(len(self._lines), start + limit))]
+            newest_first = list(itertools.takewhile(lambda line: line[0] > n, reversed(self._lines)))
+        return newest_first[::-1][:limit]
 
     def tail(self, count=20):
         with self._lock:
@@ -1840,6 +2064,7 @@ class Follower:
         self.events = queue.Queue(5000)                     # ("log", text) ("dead", why) ("lost", why) ("back", ""); full: the Spark waits
         self._hosts, self._spark, self._plan, self._since = hosts, spark, plan, since
         self._seen_at = 0                                   # lines seen that carry the time stamp _since
+        self._lost = False                                  # the connection was, and no beat came since
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
         self._thread.start()
@@ -1852,33 +2077,30 @@ class Follower:
         while not self._closed.is_set():
             with contextlib.suppress(queue.Full):
                 return self.events.put(event, timeout=0.2)
-        return None
 
     def _follow(self):
-        pause, lost = 0.25, False
+        pause = 0.25
         while not self._closed.is_set():
-            why = "internal error"
             try:
-                why, beats = self._read_once(lost)
+                why = self._read_once()
             except Exception as e:                          # this thread must not die silently
                 log(f"follow: {type(e).__name__}: {e}")
-                beats = 0
+                why = "internal error"
             if why is None:
                 return
-            pause = 0.25 if beats else min(5.0, pause * 2)
-            if not lost or beats:
+            if not self._lost:
                 self._put("lost", why)
-            lost = True
+            pause = min(5.0, pause * 2) if self._lost else 0.25
+            self._lost = True
             self._closed.wait(pause)
 
-    def _read_once(self, lost):
-        """(None, beats) when closed or dead, else (why the connection ended, beats)."""
-        spark = self._hosts.sparks[self._spark]
-        stamped, beats, tail = self._plan.backend == "launch-cluster", 0, b""
+    def _read_once(self):
+        """Why the connection ended; None when closed, or when the engine is dead."""
         self._resumed, self._skip = self._since, self._seen_at
+        spark = self._hosts.sparks[self._spark]
         process = spawn(self._hosts.argv(spark, follow_script(self._plan, self._since)),
                         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        buffers, last_beat = {"out": b"", "err": b""}, time.monotonic()
+        rests, last_beat, tail = {"out": b"", "err": b""}, time.monotonic(), ""
         try:
             with selectors.DefaultSelector() as ready:
                 ready.register(process.stdout, selectors.EVENT_READ, "out")
@@ -1888,28 +2110,28 @@ class Follower:
                         chunk = os.read(key.fd, 65536)
                         if not chunk:
                             ready.unregister(key.fileobj)
-                        *lines, buffers[key.data] = (buffers[key.data] + chunk).split(b"\n")
-                        for line in lines if chunk else filter(None, (buffers[key.data],)):
-                            line = line.decode("utf-8", "replace")
+                        *lines, rest = (rests[key.data] + (chunk or b"\n")).split(b"\n")
+                        rests[key.data] = rest if len(rest) <= 1 << 20 else b""
+                        for line in (line.decode("utf-8", "replace") for line in lines):
                             if key.data == "out":
-                                self._line(line, stamped)
+                                self._line(line, self._plan.backend == "launch-cluster")
                             elif line == "beat":
-                                beats, last_beat = beats + 1, time.monotonic()
-                                if lost and beats == 1:
+                                last_beat = time.monotonic()
+                                if self._lost:
                                     self._put("back", "")
+                                self._lost = False
                             elif line.startswith("dead"):
                                 self._put("dead", line[5:].strip())
-                                return None, beats
+                                return None
                             else:
-                                tail = (tail + line.encode() + b"\n")[-4000:]
-                        if len(buffers[key.data]) > 1 << 20:
-                            buffers[key.data] = b""
+                                tail = (tail + line + "\n")[-4000:]
                     if self._closed.is_set():
-                        return None, beats
+                        return None
                     if time.monotonic() - last_beat > 6:
-                        self._hosts.reset(spark) if not spark.local else None
-                        return "no sign of life for 6 s", beats
-            return classify_ssh_failure(tail.decode("utf-8", "replace"))[1], beats
+                        if not spark.local:
+                            self._hosts.reset(spark)
+                        return "no sign of life for 6 s"
+            return classify_ssh_failure(tail)[1]
         finally:
             end_process(process)
 
@@ -1920,9 +2142,8 @@ class Follower:
                 return
             self._seen_at, self._since = (self._seen_at + 1 if m[1] == self._since else 1), m[1]
             line = line[m.end():]
-        for part in line.split("\r"):
-            if part.strip():
-                self._put("log", part[:8000])
+        for part in filter(str.strip, line.split("\r")):
+            self._put("log", part[:8000])
 
 
 class SwapRun:
@@ -1930,20 +2151,19 @@ class SwapRun:
 
     def __init__(self, manager, config, cancel):
         self.m, self.config, self.cancel = manager, config, cancel
-        s = manager.running()
-        self.id = s.id
-        self.log = manager.log_of(s.id)
-        self.slot = config.layout.slots.get(s.slot)
+        s = manager.book.running
+        self.id, self.log, self.slot = s.id, manager.log_of(s.id), config.layout.slots.get(s.slot)
         self.phase, self.phase_at = "", 0.0     # the phase being performed, and since when (monotonic), by this process
-        self.follower = None
         self.was_empty = False              # nothing was there to stop, so no memory has to come back
-        self.last_line = time.monotonic()
+        self.follower = None
         self.heard = Signal("none")         # the log's last word on progress
+        self.cause = self.dead = None       # the fatal line nearest to the root; how the engine's process ended ("": not known)
+        self.last_line = time.monotonic()
+        self.cause_at = self.up_at = self.told_at = 0.0     # when: the first fatal line, the one that says it is up, progress told
 
     def close(self):
         if self.follower:
             self.follower.close()
-            self.follower = None
 
     def perform(self, s):
         if self.slot is None:
@@ -1954,11 +2174,15 @@ class SwapRun:
 
     # --- helpers
 
-    def on(self, host, script, timeout_s, cancel=True):
-        return self.m.hosts.run(host, script, timeout_s, cancel=self.cancel if cancel else None)
+    def on(self, host, script, timeout_s):
+        return self.m.hosts.run(host, script, timeout_s, self.cancel)
 
-    def endpoint(self):
-        return Endpoint(self.m.hosts.address(self.slot.hosts[0]), self.slot.port, self.config.settings["VLLM_API_KEY"])
+    def endpoint(self, place):
+        return endpoint_of(place, self.m.hosts, self.config.settings)
+
+    def lives(self, plan):
+        """Whether the engine's process lives, by the plan's own word; without one, whether its Spark answers."""
+        return self.on(plan.hosts[0], alive_script(plan.alive), 10).kind == "ok"
 
     def left(self, limit):
         """Seconds that the phase still has. A restart in the middle gives it the whole again: the outage was not its fault."""
@@ -1969,17 +2193,16 @@ class SwapRun:
             raise Cancelled()
 
     def look(self, s):
-        """One look at every Spark of the slot -> (facts, the model or None)."""
-        model = self.config.models.get(s.model) if s.model else None
-        used = self.used(model)
+        """One look at every Spark of the slot and at its port -> Look."""
+        slot, model = self.slot, self.config.models.get(s.model)
+        used = slot.hosts if model is None or model.mode == "cluster" else slot.hosts[:1]
 
         def gather(host):
-            got = self.on(host, facts_script(model if host in used else None, self.slot, self.config, host == self.slot.hosts[0]), 20)
+            got = self.on(host, facts_script(model if host in used else None, slot, self.config, host == slot.hosts[0]), 20)
             return parse_facts(got.out) if got.kind == "ok" else got
-        return self.m.hosts.each(self.slot.hosts, gather), model
-
-    def used(self, model):
-        return self.slot.hosts if model is None or model.mode == "cluster" else self.slot.hosts[:1]
+        others = [p for name in self.config.layout.slots if name != s.slot and (p := self.m.book.slots.get(name))]
+        return Look(model, slot, self.config, self.m.hosts.each(slot.hosts, gather), used,
+                    probe_vllm_endpoint(self.endpoint(self.slot), 2.0), self.m.book.slots.get(s.slot), others)
 
     # --- phases
 
@@ -1987,71 +2210,47 @@ class SwapRun:
         self.m._enter("checking")
 
     def do_checking(self, s):
-        facts, model = self.look(s)
-        probe = probe_vllm_endpoint(self.endpoint(), 2.0)
-        current = self.m.plan_of(s.slot)
-        head = facts[self.slot.hosts[0]]
-        self.was_empty = not probe.served and not isinstance(head, Result) and not head["container"] and not head["listening"]
+        look = self.look(s)
+        self.was_empty = look.head is not None and not (look.probe.served or look.head["container"] or look.head["listening"])
         if s.rollback_of:
-            checks, plan = [Check("reachable", "fail", f"{h}: {f.kind}", remedy_for(f, self.config.sparks[h]))
-                            for h, f in facts.items() if isinstance(f, Result) and h in s.plan.hosts], s.plan
+            plan = s.plan
+            checks = [Check("reachable", "fail", f"{host}: {got.kind}", remedy_for(got, self.config.sparks[host]))
+                      for host, got in look.down.items() if host in plan.hosts]
+        elif s.model and look.model is None:
+            raise Failed("unknown_model", f"{s.model} is not in the catalog any more")
         else:
-            if s.model and model is None:
-                raise Failed("unknown_model", f"{s.model} is not in the catalog any more")
-            others = [p for name in self.config.layout.slots if name != s.slot and (p := self.m.plan_of(name))]
-            look = Look(model, self.slot, self.config, facts, self.used(model), probe, current, others)
-            checks = evaluate_checks(look)
-            flags = frozenset(head["flag"]) if not isinstance(head, Result) and head["flag"] else frozenset(("--name",))
+            checks, plan = evaluate_checks(look), None
+            flags = frozenset(look.head and look.head["flag"] or ("--name",))
             try:
-                plan = make_plan(model, self.slot, self.config, flags, look.need_gb()) if model else None
+                plan = make_plan(look.model, self.slot, self.config, flags, look.need_gb()) if look.model else None
             except ValueError as e:
-                checks.append(Check("command", "fail", str(e), ""))
-                plan = None
+                checks.append(Check("command", "fail", str(e)))
         checks = tuple(c._replace(status="skipped") if c.status == "fail" and c.name in s.skip_checks else c for c in checks)
         for c in checks:
             self.log.add(f"check {c.name}: {c.status}: {c.detail}")
-        commands = tuple(f"{host}: {command}" for host, command in self.commands(plan))
-        s = self.m._update(save=True, checks=checks, commands=commands, plan=plan or s.plan)
+        commands = [(p.hosts[0], p.stop) for p in self.places(s)]
+        commands += [(plan.hosts[0], plan.shown), (plan.hosts[0], with_since(plan.logs, "now"))] if plan else []
+        s = self.m._update(save=True, checks=checks, commands=tuple(f"{h}: {c}" for h, c in commands if c), plan=plan)
         bad = next((c for c in checks if c.status == "fail"), None)
+        why = bad and f"check {bad.name}: {bad.detail}"
         if s.dry_run:
-            return self.finish_dry(bad)
+            return self.m._conclude("planned", error=bad and {"code": "check_failed", "message": why, "remedy": bad.remedy, "log_tail": []})
         if bad:
-            raise Failed("check_failed", f"check {bad.name}: {bad.detail}", bad.remedy)
+            raise Failed("check_failed", why, bad.remedy)
         self.m.gate.hold(s.slot)
         self.m._enter("draining")
 
-    def finish_dry(self, bad):
-        self.m._conclude("planned", error={"code": "check_failed", "message": f"check {bad.name}: {bad.detail}", "remedy": bad.remedy,
-                                        "log_tail": []} if bad else None)
-
-    def commands(self, plan):
-        head = self.slot.hosts[0]
-        yield head, self.stop_command(self.m.plan_of(self.slot.name))
-        if plan:
-            yield head, plan.shown
-            if plan.logs:
-                yield head, with_since(plan.logs, "now")
-
-    def stop_command(self, previous):
-        """How what is in the slot is stopped; of an engine that is not ours only the slot's size is known."""
-        return stop_command(self.slot, self.config, len(self.slot.hosts) > 1 and (previous is None or len(previous.hosts) > 1))
-
     def do_draining(self, s):
-        self.m.gate.hold(s.slot)
-        left = self.m.gate.drain(s.slot, self.left("SWAP_DRAIN_SECONDS"), self.cancel)
-        if left:
+        if left := self.m.gate.drain(s.slot, self.left("SWAP_DRAIN_SECONDS"), self.cancel):
             self.log.add(f"{left} requests did not end within SWAP_DRAIN_SECONDS and will be cut")
-        previous = self.m.plan_of(s.slot) or s.previous
-        if previous and not s.previous:
-            answers = probe_vllm_endpoint(self.endpoint(), 2.0).served
-            if answers and not set(answers) & set(previous.served_names):
-                previous = None             # somebody replaced what we launched; it is not ours to bring back
+        previous = self.m.book.slots.get(s.slot) or s.previous
+        answers = set(probe_vllm_endpoint(self.endpoint(self.slot), 2.0).served) if previous and not s.previous else set()
+        if answers and answers.isdisjoint(previous.served_names):
+            previous = None                 # somebody replaced what we launched; it is not ours to bring back
         self.m._enter("stopping", touched=True, previous=previous)
 
     def do_stopping(self, s):
-        needed = s.plan.hosts if s.plan else self.slot.hosts
-        self.stop_engines(s, needed, self.cancel)
-        self.m._observe(s.slot, Probe("silent", detail="stopped"))
+        self.stop_engines(s, s.plan.hosts if s.plan else self.slot.hosts)
         if s.plan is None:
             return self.m._conclude("ready", plans={s.slot: None})
         self.wait_for_memory(s)
@@ -2059,227 +2258,191 @@ class SwapRun:
 
     def places(self, s):
         """What to stop, as Plans: where ours was launched, and the slot as it is configured now, if that was changed since."""
-        known = [p for p in (s.previous, self.m.plan_of(s.slot), s.plan) if p and set(p.hosts) <= set(self.config.sparks)]
+        known = [p for p in (s.previous, self.m.book.slots.get(s.slot), s.plan) if p and set(p.hosts) <= set(self.config.sparks)]
         if slot := self.slot:
             alive = "" if slot.backend == "launch-cluster" else fill(
                 self.config.layout.backends[slot.backend].alive, {"container": quote_arg(slot.container), "port": quote_arg(slot.port)})
-            known.append(Plan(slot.name, "", (), slot.hosts, slot.port, slot.container, slot.backend, "", "",
-                              self.stop_command(self.m.plan_of(slot.name) or s.previous), "", alive))
+            ours = self.m.book.slots.get(s.slot) or s.previous     # of an engine that is not ours only the slot's size is known
+            stop = stop_command(slot, self.config, len(slot.hosts) > 1 and (ours is None or len(ours.hosts) > 1))
+            known.append(Plan(slot.name, "", (), slot.hosts, slot.port, slot.container, slot.backend, "", "", stop, "", alive))
         # of several at the same place the last one: the slot itself, which visits all of its Sparks
         return {(p.hosts[0], p.port, p.container, p.backend): p for p in known}.values()
 
-    def stop_engines(self, s, needed, cancel):
+    def stop_engines(self, s, needed):
         """Stop what runs in the slot and see that it is gone. Raises Failed if it is not; Sparks not needed may be down."""
         for place in self.places(s):
-            self.stop_engine(place, needed, time.monotonic() + self.config.settings["SWAP_STOP_TIMEOUT"], cancel)
+            self.stop_engine(place, needed)
+        self.m._observe(s.slot, Probe("silent", detail="stopped"))
 
-    def stop_engine(self, place, needed, deadline, cancel):
-        head = place.hosts[0]
+    def stop_engine(self, place, needed):
+        deadline = time.monotonic() + self.config.settings["SWAP_STOP_TIMEOUT"]
+        cluster, head, c = place.backend == "launch-cluster", place.hosts[0], quote_arg(place.container)
 
-        def run(host, script, most=1e9):
-            return self.m.hosts.run(host, script, max(1.0, min(most, deadline - time.monotonic())), cancel=cancel)
-
-        def on_all(*script_and_limit):
-            return self.m.hosts.each(place.hosts, lambda host: run(host, *script_and_limit))
-        if place.backend == "launch-cluster":
-            self.save_engine_log(run, place)
-            on_all(retire_script(place.container), 20)
+        def run(hosts, script, most=1e9):
+            return self.m.hosts.each(hosts, lambda host: self.on(host, script, max(1.0, min(most, deadline - time.monotonic()))))
+        if cluster:
+            # the last lines of the engine's log die with its container, so they are kept
+            got = run([head], f"docker inspect {c} >/dev/null 2>&1 && docker logs -t --tail 5000 {c} 2>&1 | tail -c 4000000", 10)[head]
+            if got.kind == "ok" and got.out.strip():
+                with contextlib.suppress(OSError):
+                    write_atomic(os.path.join(self.m.dir, self.id + ".engine.log"), got.out.encode())
+            run(place.hosts, retire_script(place.container), 20)
             # half of the time at most: what the launcher leaves is removed below all the same
-            got = run(head, place.stop, self.config.settings["SWAP_STOP_TIMEOUT"] / 2)
+            got = run([head], place.stop, self.config.settings["SWAP_STOP_TIMEOUT"] / 2)[head]
             if got.kind != "ok":
                 self.log.add(f"launch-cluster.sh stop: {got.kind}: {got.err.strip()[-300:] or got.out.strip()[-300:]}")
-            ends = on_all(remove_script(place.container))
-        else:
-            ends = on_all(place.stop)
-            for host, got in ends.items():
-                if got.kind == "failed":    # `docker rm -f` of nothing, say: whether it is gone is seen below
-                    self.log.add(f"{host}: the template's stop ended with {got.code}: {got.err.strip()[-300:]}")
-            ends = {h: got._replace(kind="ok") if got.kind == "failed" else got for h, got in ends.items()}
-        for host, got in ends.items():
-            if got.kind == "ok":
-                continue
-            what = f"{host}: {'the container ' + place.container + ' is still there' if got.code == 4 else got.kind.replace('_', ' ')} {got.err.strip()[-200:]}"
-            if host in needed:
+        for host, got in run(place.hosts, remove_script(place.container) if cluster else place.stop).items():
+            why = f"the container {place.container} is still there" if got.code == 4 else got.kind.replace("_", " ")
+            what = f"{host}: {why} {got.err.strip()[-200:]}"
+            if got.kind == "failed" and not cluster:    # `docker rm -f` of nothing, say: whether it is gone is seen below
+                self.log.add(f"{host}: the template's stop ended with {got.code}: {got.err.strip()[-300:]}")
+            elif got.kind != "ok" and host in needed:
                 raise Failed("stop_failed", f"the old engine could not be stopped: {printable(what)}",
                              remedy_for(got, self.config.sparks[host]) or "stop it by hand on that Spark")
-            self.log.add(f"warning: {what}")
-        self.wait_for_silence(place, deadline, cancel)
-
-    def save_engine_log(self, run, place):
-        """Keep the last lines of the engine's log: they die with its container."""
-        c = quote_arg(place.container)
-        got = run(place.hosts[0], f"docker inspect {c} >/dev/null 2>&1 && docker logs -t --tail 5000 {c} 2>&1 | tail -c 4000000", 10)
-        if got.kind == "ok" and got.out.strip():
-            with contextlib.suppress(OSError):
-                write_atomic(os.path.join(self.m.dir, self.id + ".engine.log"), got.out.encode())
-
-    def wait_for_silence(self, place, deadline, cancel):
-        """Until nothing answers on the port and, with a template, no engine process is left. Raises Failed, Cancelled."""
-        endpoint = Endpoint(self.m.hosts.address(place.hosts[0]), place.port, self.config.settings["VLLM_API_KEY"])
-        while True:
-            probe = probe_vllm_endpoint(endpoint, 1.0)
-            lives = bool(place.alive) and self.m.hosts.run(place.hosts[0], alive_script(place.alive), 10, cancel=cancel).kind == "ok"
-            if probe.state == "silent" and not lives:
-                return
+            elif got.kind != "ok":
+                self.log.add(f"warning: {what}")
+        # until nothing answers on the port and, with a template, no engine process is left
+        while (probe := probe_vllm_endpoint(self.endpoint(place), 1.0)).state != "silent" or place.alive and self.lives(place):
             if time.monotonic() >= deadline:
-                raise Failed("stop_failed", f"port {place.port} still answers ({', '.join(probe.served[:2]) or probe.detail})" if probe.state != "silent"
-                             else "the old engine's process still lives", "stop it by hand on the Spark")
-            if (cancel or threading.Event()).wait(0.1):
-                raise Cancelled()
+                what = f"port {place.port} still answers ({', '.join(probe.served[:2]) or probe.detail})"
+                raise Failed("stop_failed", what if probe.state != "silent" else "the old engine's process still lives",
+                             "stop it by hand on the Spark")
+            self.pause(0.1)
 
     def wait_for_memory(self, s):
         """The reclaim gate: launch only when every Spark used has the memory back and it has settled."""
         samples, silent = {host: [] for host in s.plan.hosts}, {}
         need_kb = 0 if "memory" in s.skip_checks or s.rollback_of else int(s.plan.need_gb * (1 << 20))
         deadline = time.monotonic() + self.config.settings["SWAP_STOP_TIMEOUT"]
-        while samples:
-            for host, got in self.m.hosts.each(samples, lambda h: self.on(h, "awk '/^MemAvailable:/ {print $2}' /proc/meminfo 2>/dev/null; exit 0", 10)).items():
+        script = "awk '/^MemAvailable:/ {print $2}' /proc/meminfo 2>/dev/null; exit 0"
+        while True:
+            for host, got in self.m.hosts.each(samples, lambda h: self.on(h, script, 10)).items():
                 silent[host] = not got.reached
                 if got.out.strip().isdigit():
                     samples[host].append((time.monotonic(), int(got.out)))
                 elif got.reached:
                     del samples[host]       # not a Linux: nothing to go by
-            short = {h: v for h, v in samples.items() if silent[h] or not (reclaimed(v, need_kb) or self.was_empty and v[-1][1] >= need_kb)}
-            if not short:
+            host = next((h for h, v in samples.items()
+                         if silent[h] or not (reclaimed(v, need_kb) or self.was_empty and v[-1][1] >= need_kb)), None)
+            if host is None:
                 return
-            host, values = next(iter(short.items()))
-            has = f"{values[-1][1] / (1 << 20):.1f} GB available" if values else "not answered"
+            has = f"{samples[host][-1][1] / (1 << 20):.1f} GB available" if samples[host] else "not answered"
             if time.monotonic() >= deadline:
-                raise Failed("unreachable" if silent[host] else "memory_not_released", f"{host} has {has} after the stop, and the model needs {s.plan.need_gb:.1f} GB",
+                raise Failed("unreachable" if silent[host] else "memory_not_released",
+                             f"{host} has {has} after the stop, and the model needs {s.plan.need_gb:.1f} GB",
                              "see what else holds memory there, or lower gpu-memory-utilization")
             self.m._update(text=f"Waiting for memory: {host} has {has}")
             self.pause(0.25)
 
     def do_launching(self, s):
-        head = s.plan.hosts[0]
-        while True:
-            got = self.on(head, launch_once_script(s.id, s.plan.launch), max(1.0, self.left("SWAP_LAUNCH_TIMEOUT")))
-            if got.reached or self.left("SWAP_LAUNCH_TIMEOUT") <= 0:
-                break
-            self.log.add(f"{head}: {got.kind.replace('_', ' ')}; trying again")     # the gate makes that safe
+        head, limit = s.plan.hosts[0], self.config.settings["SWAP_LAUNCH_TIMEOUT"]
+        script, left = launch_once_script(s.id, s.plan.launch), functools.partial(self.left, "SWAP_LAUNCH_TIMEOUT")
+        while not (got := self.on(head, script, max(1.0, left()))).reached and left() > 0:
+            self.log.add(f"{head}: {got.kind.replace('_', ' ')}; trying again")     # the script's own gate makes that safe
             self.pause(0.5)
-        since, cause = "", None
-        for n, line in enumerate((got.out + "\n" + got.err).splitlines()):
-            if n == 0 and line.startswith("since "):        # ours; the launcher may say what it likes after it
-                since = line[6:].strip()
-            elif line.strip():
-                self.log.add(line)
-                signal_ = classify_log_line(line)
-                if signal_.kind == "fatal" and (cause is None or signal_.rank < cause.rank):
-                    cause = signal_
+        lines = [line for line in f"{got.out}\n{got.err}".splitlines() if line.strip()]
+        # the first line is ours; the launcher may say what it likes after it
+        since = lines.pop(0)[6:].strip() if got.out.startswith("since ") else ""
+        for line in lines:
+            self.log.add(line)
         if got.kind == "time_out":
-            raise Failed("launch_timeout", f"the launcher did not end within {self.config.settings['SWAP_LAUNCH_TIMEOUT']:g} s (SWAP_LAUNCH_TIMEOUT)",
+            raise Failed("launch_timeout", f"the launcher did not end within {limit:g} s (SWAP_LAUNCH_TIMEOUT)",
                          "run its command by hand and see where it hangs")
         if not got.reached:
             raise Failed("unreachable", f"{head}: {got.kind.replace('_', ' ')}: {got.err.strip()[-200:]}",
                          remedy_for(got, self.config.sparks[head]))
+        cause = min((c for c in map(classify_log_line, lines) if c.kind == "fatal"), key=lambda c: c.rank, default=None)
         if cause:                           # the launcher ends with 0 whatever docker said
             raise Failed(cause.code, f"launch failed: {cause.text}", cause.remedy)
         if got.kind != "ok":
-            said = next((l for l in reversed((got.out + got.err).splitlines()) if l.strip() and not l.startswith("since ")), "")
-            raise Failed("launch_failed", f"the launcher ended with exit code {got.code}: {printable(said, 300)}",
+            raise Failed("launch_failed", f"the launcher ended with exit code {got.code}: {printable((lines or [''])[-1], 300)}",
                          "run the launch command by hand (it is in the swap's commands)")
         self.m._enter("loading", since=since)
 
     def do_loading(self, s):
         """Until the engine itself answers for this model; see _watch for what ends it early."""
-        up_at, next_probe = None, 0.0
+        settings, port = self.config.settings, s.plan.port
         while True:
-            said = self._watch(s, 0.05)
-            if said == "up":
-                up_at = up_at or time.monotonic()
-            now = time.monotonic()
-            if now >= next_probe:
-                probe = probe_vllm_endpoint(self.endpoint(), 1.0)
-                if s.model in probe.served or set(probe.served) & set(s.plan.served_names):
-                    return self.m._enter("warming")
-                if probe.served:
-                    raise Failed("port_taken", f"port {s.plan.port} answers for {probe.served[0]}, which is not this model",
-                                 "stop what listens there, or give the slot another port")
-                next_probe = time.monotonic() + 0.15
-            if up_at and now - up_at > self.config.settings["SWAP_ANSWER_TIMEOUT"]:
-                raise Failed("not_answering", f"the engine says it is up, and port {s.plan.port} does not answer from here ({probe.detail})",
+            self._watch(s, 0.15)
+            probe = probe_vllm_endpoint(self.endpoint(self.slot), 1.0)
+            if {s.model, *s.plan.served_names} & set(probe.served):
+                return self.m._enter("warming")
+            if probe.served:
+                raise Failed("port_taken", f"port {port} answers for {probe.served[0]}, which is not this model",
+                             "stop what listens there, or give the slot another port")
+            if self.up_at and time.monotonic() - self.up_at > settings["SWAP_ANSWER_TIMEOUT"]:
+                raise Failed("not_answering", f"the engine says it is up, and port {port} does not answer from here ({probe.detail})",
                              "is a firewall between, or does a knob bind the engine to another address or port?")
             if self.left("SWAP_LOAD_TIMEOUT") <= 0:
-                raise Failed("load_timeout", f"not ready after {self.config.settings['SWAP_LOAD_TIMEOUT']:g} s (SWAP_LOAD_TIMEOUT)",
+                raise Failed("load_timeout", f"not ready after {settings['SWAP_LOAD_TIMEOUT']:g} s (SWAP_LOAD_TIMEOUT)",
                              "see the log for what it does; a larger limit, or a faster load-format")
 
     def _watch(self, s, timeout_s):
         """Take what the follower saw, turn it into progress; raises Failed as soon as the engine is known to fail."""
-        if self.follower is None:
-            self.follower = Follower(self.m.hosts, s.plan.hosts[0], s.plan, s.since)
-            self.cause, self.cause_at, self.dead, self.shown, self.usual_at = None, 0.0, None, 0.0, 0.0
-        said, until = None, time.monotonic() + timeout_s
-        while True:
-            if self.cancel.is_set():
-                raise Cancelled()
+        self.follower = self.follower or Follower(self.m.hosts, s.plan.hosts[0], s.plan, s.since)
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until + 1:                 # a flood of lines must not keep us from probing
+            self.pause(0)
             try:
                 kind, value = self.follower.events.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
                 break
             if kind == "log":
-                said = self._heard(value) or said
+                self._heard(value)
             elif kind == "dead":
                 self.dead = value
             else:
                 self.log.add(f"-- contact with {s.plan.hosts[0]} {'lost: ' + value + '; trying again' if kind == 'lost' else 'is back'}")
-            if time.monotonic() >= until + 1:               # a flood of lines must not keep us from probing
-                break
         now = time.monotonic()
         if self.dead is not None or self.cause and now - self.cause_at > 0.7:
             raise self._why_dead()
-        self._tell_progress(s, now)
-        return said
+        self._tell_progress(now)
 
     def _heard(self, line):
         self.last_line = time.monotonic()
         self.log.add(line)
         heard = classify_log_line(line)
-        if heard.kind == "fatal":
-            self.cause_at = self.cause_at or self.last_line
-            if self.cause is None or heard.rank < self.cause.rank:
-                self.cause = heard
-        elif heard.kind == "progress":
+        if heard.kind == "progress":
             self.heard = heard
-            return "up" if heard.fraction == 0.99 else None
-        return None
+            if heard.fraction == 0.99:
+                self.up_at = self.up_at or self.last_line
+        elif heard.kind == "fatal":
+            self.cause_at = self.cause_at or self.last_line
+            self.cause = min(self.cause or heard, heard, key=lambda signal_: signal_.rank)
 
-    def _tell_progress(self, s, now):
+    def _tell_progress(self, now):
         """Publish progress when it changed, and the time left once a second."""
-        now_s = self.m.running()
-        fraction = max(now_s.fraction, self.heard.fraction if self.heard.kind == "progress" else 0.0)
-        text_ = self.heard.text or "Starting vLLM"
-        if now - self.usual_at < 1 and (fraction, text_) == (now_s.fraction, now_s.text):
+        s = self.m.book.running
+        fraction, text_ = max(s.fraction, self.heard.fraction), self.heard.text or "Starting vLLM"
+        if now - self.told_at < 1 and (fraction, text_) == (s.fraction, s.text):
             return
         durations = self.m.durations(s.model, getattr(self.config.models.get(s.model), "size_gb", 0))
-        eta, usual = estimate(dataclasses.replace(now_s, fraction=fraction), durations, time.time())
+        eta, usual = estimate(dataclasses.replace(s, fraction=fraction), durations, time.time())
         slower = bool(usual) and time.time() - s.phase_began > 1.5 * usual and now - self.last_line > 30
         changed = {"fraction": fraction, "text": text_, "eta_seconds": eta, "usual_seconds": usual, "slower": slower}
-        self.usual_at = now
-        if any(getattr(now_s, k) != v for k, v in changed.items()):
+        self.told_at = now
+        if any(getattr(s, k) != v for k, v in changed.items()):
             self.m._update(**changed)
 
     def _why_dead(self):
         if self.cause and (self.cause.code != "engine_failed" or not self.dead):
             return Failed(self.cause.code, self.cause.text, self.cause.remedy)
-        if self.dead == "gone":
-            return Failed("container_gone", "the engine's container vanished while it was loading",
-                          "did somebody stop it, or did docker restart?")
-        if self.dead == "137":
-            return Failed("out_of_memory", "the engine was killed (exit 137), most likely because memory ran out",
-                          "lower gpu-memory-utilization, or free memory on the Spark")
         told = f" with exit code {self.dead}" if self.dead else ""
-        return Failed("engine_died", f"the engine's process ended{told} while it was loading", "the log's last lines may say why")
+        return Failed(*{
+            "gone": ("container_gone", "the engine's container vanished while it was loading",
+                     "did somebody stop it, or did docker restart?"),
+            "137": ("out_of_memory", "the engine was killed (exit 137), most likely because memory ran out",
+                    "lower gpu-memory-utilization, or free memory on the Spark"),
+        }.get(self.dead, ("engine_died", f"the engine's process ended{told} while it was loading", "the log's last lines may say why")))
 
     def do_warming(self, s):
         """One tiny request, so that `ready` means: answers a prompt. The engine's death ends it early, as a cancel does."""
         done, stop = queue.SimpleQueue(), threading.Event()
-        body = {"model": s.model, "input": "Hello"} if s.plan.pooling else {"model": s.model, "prompt": "Hello", "max_tokens": 1}
-        path, limit = "/v1/embeddings" if s.plan.pooling else "/v1/completions", self.config.settings["SWAP_WARM_TIMEOUT"]
+        (path, body), limit = warm_request(s.model, s.plan.pooling), self.config.settings["SWAP_WARM_TIMEOUT"]
 
         def ask():
             try:
-                done.put(self.endpoint().request("POST", path, body, limit, stop))
+                done.put(self.endpoint(self.slot).request("POST", path, body, limit, stop))
             except Exception as e:                          # told below, by the thread that decides
                 done.put((0, type(e).__name__.encode()))
         threading.Thread(target=ask, name="warm", daemon=True).start()
@@ -2291,99 +2454,321 @@ class SwapRun:
             stop.set()
         if status != 200:
             self.log.add(f"{path} answered {status}: {reply[:300].decode('utf-8', 'replace')}")
-            raise Failed("warming_failed", f"the engine is up, and its first request failed ({path}: {f'HTTP {status}' if status else f'no answer within {limit:g} s'})",
+            what = f"HTTP {status}" if status else f"no answer within {limit:g} s"
+            raise Failed("warming_failed", f"the engine is up, and its first request failed ({path}: {what})",
                          "the log's last lines may say why")
         self.m._observe(s.slot, Probe("serving", s.plan.served_names))
         self.m._conclude("ready", plans={s.slot: s.plan})
 
-    # --- ending badly
-
     def clean_up(self, s):
-        """Leave no half-started engine -> the Plan of what is in the slot all the same, or None; says so in the log.
-
-        That is the previous engine if it would not stop and serves still, or the new one if it could not be reached.
-        """
+        """Leave no half-started engine -> the Plan of what is in the slot all the same, or None; says so in the log."""
+        self.cancel = threading.Event()     # from here on nothing ends the swap early
         gave_up = (s.ending.get("error") or {}).get("code") == "stop_failed"    # else its end may still be under way
-        if gave_up and s.previous and set(probe_vllm_endpoint(self.endpoint(), 1.0).served) & set(s.previous.served_names) \
-                and self.m.hosts.run(s.previous.hosts[0], alive_script(s.previous.alive), 10).kind == "ok":
-            return s.previous
+        if gave_up and s.previous and set(probe_vllm_endpoint(self.endpoint(self.slot), 1.0).served) & set(s.previous.served_names) \
+                and self.lives(s.previous):
+            return s.previous               # it would not stop, and serves still
         try:
             if s.plan:
-                self.m.hosts.run(s.plan.hosts[0], end_launch_script(s.id), 10)
-            self.stop_engines(s, s.plan.hosts if s.plan else (), None)
-            self.m._observe(s.slot, Probe("silent", detail="stopped"))
+                self.on(s.plan.hosts[0], end_launch_script(s.id), 10)
+            self.stop_engines(s, s.plan.hosts if s.plan else ())
             return None
-        except Exception as e:                              # whatever it is, the swap has to come to its end
+        except Exception as e:              # whatever it is, the swap has to come to its end
             self.log.add(f"-- clean-up failed: {e}")
             if not isinstance(e, Failed):
                 log(f"swap {s.id}: clean-up: {traceback.format_exc()}")
-            return s.plan if s.phase in ("launching", "loading", "warming") else None
+            return s.plan if s.phase in ("launching", "loading", "warming") else None       # the new one, which could not be reached
 
 
-class SwapManager:
-    """Decides who may swap, keeps the journal and the history, and owns the thread that acts."""
+class Answered(Exception):
+    """This Idempotency-Key was answered before."""
+
+
+class Arbiter:
+    """Who may act: the lease and the queue for it, Idempotency-Keys, and the journal that they share with the swap.
+
+    Whoever changes the Book holds _lock from the decision until it is on disk and published: what is told was
+    written, and right and busyness are one read. Reading takes one snapshot, book, and no lock.
+    """
+
+    QUEUE, KEYS, KEY_S = 100, 1000, 86400                   # waiters; Idempotency-Keys and how long they count
+
+    def __init__(self, data_dir, hub, events, warn):
+        self._path = os.path.join(data_dir, "swap.json")
+        self._hub, self._events = hub, events               # events(kind, text, **facts)
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self.book = Book()                                  # replaced under _lock
+        self._queue = ()                                    # replaced under _lock; tickets, the first one first
+        self._closing = threading.Event()
+        self._secret, known = self._read_secret(os.path.join(data_dir, "lock.secret"), warn)
+        try:
+            self.book = Book.from_doc(read_state(self._path, warn))
+        except (TypeError, KeyError, ValueError, AttributeError) as e:
+            warn(f"swap.json is of another shape ({printable(str(e), 200)}); the lock is free, and what the slots really serve counts")
+            with contextlib.suppress(OSError):
+                os.replace(self._path, f"{self._path}.bad-{int(time.time())}")
+        if known and not self.book.fence:                   # lost with the journal: higher than any before
+            self.book = self.book.replace(fence=int(time.time()))
+        elif not known and self.book.lease:
+            warn(f"lock.secret was lost, and with it the lock of {self.book.lease.holder}")
+            self.book = self.book.replace(lease=None)
+
+    @staticmethod
+    def _read_secret(path, warn):
+        """(the 32 bytes that tokens are made with, whether they are from an earlier start); mode 0600."""
+        with contextlib.suppress(OSError), open(path, "rb") as f:
+            if len(got := f.read(100)) == 32:
+                return got, True
+            warn("lock.secret was damaged and is made anew")
+        got = secrets.token_bytes(32)
+        try:
+            write_atomic(path, got)
+        except OSError as e:
+            warn(f"lock.secret cannot be written ({e.strerror}): tokens will be void after a restart")
+        return got, False
+
+    @contextlib.contextmanager
+    def _changing(self):
+        """Hold _lock for one decision; what is put into the list given is told as events afterwards, and long-polls wake."""
+        before, news = (self.book, self._queue), []
+        try:
+            with self._wake:
+                yield news
+        finally:
+            for kind, said, facts in news:
+                self._events(kind, said, **facts)
+            if news or self.book is not before[0] or self._queue is not before[1]:
+                self._hub.bump()
+
+    def _commit_locked(self, book, must=True):
+        """Write the journal, then publish book. Raises Refused 503 and changes nothing if it must be written and cannot."""
+        write_state(self._path, book.doc(), "journal_unwritable" if must else None)
+        self.book = book
+        self._wake.notify_all()
+
+    # --- the lease
+
+    def token(self, lease):
+        """What proves that one holds it; derived, so that it is stored nowhere and can be told again."""
+        return hmac.new(self._secret, f"{lease.fence}:{lease.holder}".encode(), "sha256").hexdigest()
+
+    def _is_token(self, lease, token):
+        return hmac.compare_digest(self.token(lease).encode(), token.encode("utf-8", "replace"))
+
+    def lock_info(self):
+        """What everybody may know of the lease."""
+        lease = self.book.lease
+        return lease.public(len(self._queue)) if lease and lease.left() > 0 else {"locked": False}
+
+    def _settle_locked(self, news):
+        """End a lease whose time is over and give a free one to the first in the queue -> the Book."""
+        lease = self.book.lease
+        if lease and lease.left() <= 0:
+            return self._end_locked(news, "lock_expired", f"the lock of {lease.holder} expired")
+        if not lease and self._queue:
+            first, *rest = self._queue
+            self._queue = tuple(rest)
+            self._grant_locked(first, news, must=False)
+        return self.book
+
+    def _end_locked(self, news, kind, said, client="", must=False):
+        lease = self.book.lease
+        self._commit_locked(self.book.replace(lease=None), must)
+        news.append((kind, said, lease.facts(client)))
+        return self._settle_locked(news)
+
+    def _grant_locked(self, ticket, news, must=True):
+        fence = self.book.fence + 1
+        lease = Lease(ticket.holder, fence, utc(), 0.0, 0.0, 0.0, "", ticket.note, ticket.client, ticket.swap, ticket.told).extended(ticket.ttl)
+        self._commit_locked(self.book.replace(lease=lease, fence=fence), must)
+        ticket.lease, ticket.new = lease, True
+        said = f"{ticket.holder} holds the lock for {ticket.ttl:g} s" + (f": {ticket.note}" if ticket.note else "")
+        news.append(("lock_acquired", said, lease.facts(ticket.client)))
+
+    def acquire(self, holder, ttl, token="", queue_up=False, note="", client="", swap="", told=True):
+        """Take the lease, extend one's own, or stand in the queue for it. Raises Refused 409, 422, 429, 503.
+
+        Returns a ticket, whose lease is set at once, or later by whoever serves the queue.
+        """
+        with self._changing() as news:
+            lease = self._settle_locked(news).lease
+            ticket = types.SimpleNamespace(holder=holder, ttl=ttl, note=note, client=client, swap=swap, told=told, lease=None, new=False)
+            if token and not (lease and self._is_token(lease, token)):      # silence would hide that the lock was not exclusive
+                raise Refused(409, "lock_lost", "the lock of this token is over; take it again without the token", **(lease.public() if lease else {}))
+            if lease and token:
+                if lease.holder != holder:
+                    raise Refused(422, "bad_field", f"holder must be {lease.holder}, whose token was sent", field="holder")
+                ticket.lease = lease.extended(ttl)
+                self._commit_locked(self.book.replace(lease=ticket.lease))
+                news.append(("lock_extended", f"{holder} holds the lock for {ttl:g} s more", lease.facts(client)))
+            elif not lease:
+                self._grant_locked(ticket, news)
+            elif not queue_up:
+                raise self.held_locked(409, "lock_held")
+            elif len(self._queue) >= self.QUEUE:
+                raise Refused(429, "queue_full", f"{self.QUEUE} others wait for the lock", {"Retry-After": "60"})
+            else:
+                self._queue += (ticket,)
+        return ticket
+
+    def held_locked(self, status, code):
+        """The refusal that says who holds the lock, until when, and what runs."""
+        lease, running = self.book.lease, self.book.running
+        doing = {"swap": running.id, "phase": running.phase, "swap_eta_seconds": running.eta_seconds} if running else {}
+        told = lease.public(len(self._queue))
+        del told["locked"]
+        return Refused(status, code, f"{lease.holder} holds the lock until {told['expires_at']}" + (f" ({lease.note})" if lease.note else ""),
+                       {"Retry-After": str(max(1, math.ceil(lease.left())))}, **told, eta_seconds=told["expires_in"], **doing)
+
+    def leave(self, ticket, drop=False):
+        """Step out of the queue; tells the refusal for a wait that ended, or None if the lease was given. drop: not wanted any more."""
+        with self._changing() as news:
+            lease = self._settle_locked(news).lease
+            if ticket in self._queue:
+                self._queue = tuple(t for t in self._queue if t is not ticket)
+                return self.held_locked(409, "lock_held")
+            if drop and ticket.new and lease and lease.fence == ticket.lease.fence:
+                self._end_locked(news, "lock_released", f"the lock of {lease.holder} ended: its holder went away")
+
+    def release(self, token="", force=False, client=""):
+        """Give the lease back -> whether there was one. Raises Refused 403 without its token or force, 503."""
+        with self._changing() as news:
+            lease = self._settle_locked(news).lease
+            if lease and self._is_token(lease, token):
+                self._end_locked(news, "lock_released", f"{lease.holder} gave the lock back", client, must=True)
+            elif lease and force:
+                self._end_locked(news, "lock_override", f"{client or 'someone'} ended the lock of {lease.holder} by force", client, must=True)
+            elif lease:
+                raise Refused(403, "lock_token_wrong", f"only the token of {lease.holder} ends its lock; send it as X-Swap-Lock-Token, or force=true",
+                              holder=lease.holder, expires_at=lease.public()["expires_at"])
+        return lease is not None
+
+    def end_lease(self, fence, why):
+        """End the lease with this fence, if it is still there."""
+        with self._changing() as news:
+            lease = self._settle_locked(news).lease
+            if lease and lease.fence == fence:
+                self._end_locked(news, "lock_released", f"the lock of {lease.holder} ended: {why}")
+
+    def answered(self, fence, gone=False):
+        """The holder of a lease taken together with a swap is told its token, or (gone) cannot be any more -> Lease or None."""
+        with self._changing() as news:
+            book = self._settle_locked(news)
+            lease = book.lease
+            if not lease or lease.fence != fence:
+                return None
+            begun = lease.swap in {i for s in (book.running, book.waiting) if s for i in (s.id, s.rollback_of)} - {None}
+            if not gone:
+                lease = lease.replace(told=True) if begun or not lease.swap else lease.extended(lease.ttl, told=True, swap="")
+            elif begun and not lease.told:
+                lease = lease.replace(orphan=True)
+            elif lease.swap == "asked" or not lease.told:
+                self._end_locked(news, "lock_released", f"the lock of {lease.holder} ended: its holder went away")
+                return None
+            if lease != book.lease:
+                self._commit_locked(book.replace(lease=lease), must=False)
+            return lease
+
+    def right_locked(self, token, force):
+        """(the lease that the caller acts under or None, the lease that it overrides or None). Raises Refused 423, 409."""
+        lease = self.book.lease
+        if force or (self._is_token(lease, token) if lease else not token):
+            return (None, lease) if lease and not self._is_token(lease, token) else (lease, None)
+        if not lease:                           # as a fence: whoever thinks that it holds the lock must learn that it does not
+            raise Refused(409, "lock_lost", "the lock of this token is over")
+        raise self.held_locked(423, "swap_locked")
+
+    def permit(self, token, force, what, client):
+        """Ask for the right to do what is no swap, at this moment. Raises Refused 423, or 409 while a swap runs, unless forced."""
+        with self._changing() as news:
+            self._settle_locked(news)
+            overridden, running = self.right_locked(token, force)[1], self.book.running
+            if running and not force:
+                raise Refused(409, "swap_running", f"a swap to {running.model or 'nothing'} is running on {running.slot}", swap=running.id, phase=running.phase)
+            if overridden:
+                news.append(("lock_override", f"{client} overrode the lock of {overridden.holder} for {what}", overridden.facts(client)))
+
+    # --- Idempotency-Keys
+
+    def answer_to(self, key):
+        """What the request with this key, (key, hash of what is asked), was answered, or None. Raises Refused 422."""
+        found = self.book.keys.get(key[0]) if key else None
+        if not found or found["at"] < time.time() - self.KEY_S:
+            return None
+        if found["print"] != key[1]:
+            raise Refused(422, "idempotency_mismatch", "this Idempotency-Key was used for another request")
+        return found
+
+    def _keyed(self, book, key, swap, slot, model, lease):
+        """book with the answer to key kept in it."""
+        if not key:
+            return book
+        since = time.time() - self.KEY_S
+        kept = {k: a for k, a in list(book.keys.items())[-self.KEYS:] if a["at"] > since}
+        kept[key[0]] = {"at": time.time(), "print": key[1], "swap": swap, "slot": slot, "model": model or "",
+                        "fence": lease.fence if lease and lease.swap else 0, "holder": lease.holder if lease and lease.swap else ""}
+        return book.replace(keys=kept)
+
+    def remember(self, key, slot, model, fence):
+        """Keep that a request with a key found its model served already. Raises Answered if it was answered meanwhile, Refused."""
+        with self._changing() as news:
+            book = self._settle_locked(news)
+            if self.answer_to(key):
+                raise Answered()
+            lease = book.lease if book.lease and book.lease.fence == fence else None
+            if key:
+                self._commit_locked(self._keyed(book, key, "", slot, model, lease))
+
+    def _expire(self):
+        """What the thread `lease` does again and again: end a lease on time."""
+        with self._wake:                        # a wait stops in suspend, so not for too long
+            lease = self.book.lease
+            self._wake.wait(None if lease is None else min(30.0, max(0.0, lease.left()) + 0.005))
+        with self._changing() as news:
+            self._settle_locked(news)
+
+
+class SwapManager(Arbiter):
+    """Decides who may swap, keeps the history, and owns the thread that acts."""
 
     KEEP, KEEP_DRY = 50, 10                                 # terminal swaps, each with its log; dry runs, in memory only
 
     def __init__(self, data_dir, config, hosts, hub, gate, events, warn, observe=lambda slot, probe: None):
         self.dir = os.path.join(data_dir, "swaps")
-        self._journal = os.path.join(data_dir, "swap.json")
-        self._config, self.hosts, self._hub, self.gate = config, hosts, hub, gate   # config: () -> Config
-        self._events, self._observe = events, observe       # events(kind, text, **facts)
-        self._lock = threading.Lock()
-        self._wake = threading.Condition(self._lock)
-        self._save_lock = threading.Lock()                  # one writer of the journal at a time; taken before _lock
-        self._running = None                                # guarded by _lock
-        self._waiting = None                                # guarded by _lock; pre-empts a rollback
-        self._recent = []                                   # guarded by _lock; terminal swaps, newest first
-        self._plans = {}                                    # guarded by _lock; slot -> Plan of what we launched there
+        self._config, self.hosts, self.gate, self._observe = config, hosts, gate, observe       # config: () -> Config
+        self.recent = ()                                   # replaced under _lock; terminal swaps, newest first
         self._logs = {}                                     # guarded by _lock; id -> SwapLog
         self._cancel = threading.Event()                    # set for the running swap only
-        self._closing = threading.Event()
         os.makedirs(self.dir, mode=0o700, exist_ok=True)
+        super().__init__(data_dir, hub, events, warn)
         self._load(warn)
-        self._thread = threading.Thread(target=self._work, name="swap", daemon=True)
+        self._threads = [forever("swap", self._closing, self._work), forever("lease", self._closing, self._expire)]
 
     # --- reading
 
-    def running(self):
-        with self._lock:
-            return self._running
-
-    def recent(self):
-        with self._lock:
-            return list(self._recent)
-
     def get(self, swap_id):
         """The Swap with that id. Raises Refused 404."""
-        with self._lock:
-            for s in (self._running, self._waiting, *self._recent):
-                if s and s.id == swap_id:
-                    return s
+        book = self.book                        # first: a swap that ends is in `recent` before it leaves the book
+        for s in (book.running, book.waiting, *self.recent):
+            if s and s.id == swap_id:
+                return s
         raise Refused(404, "unknown_swap", f"no swap {printable(swap_id, 80)}; the last {self.KEEP} are kept")
 
-    def plan_of(self, slot):
-        with self._lock:
-            return self._plans.get(slot)
-
     def mark(self, slot):
-        """(id of the swap that has touched the slot or None, how many swaps ended): equal marks mean nothing happened."""
-        with self._lock:
-            s = self._running
-            return (s.id if s and s.slot == slot and s.holds else None), self._recent[:1]
+        """(id of the swap that has touched the slot or None, the last one that ended): equal marks mean nothing happened."""
+        s = self.book.running
+        return (s.id if s and s.slot == slot and s.holds else None), self.recent[:1]
 
     def log_of(self, swap_id):
         with self._lock:
-            if swap_id in self._logs:
-                return self._logs[swap_id]
-        self.get(swap_id)
-        return SwapLog(os.path.join(self.dir, swap_id + ".log"))
+            kept = self._logs.get(swap_id)
+        return kept or SwapLog(os.path.join(self.dir, self.get(swap_id).id + ".log"))
 
     def durations(self, model, size_gb=0):
         """{phase: median seconds of this model's successful swaps}; loading of a new one is scaled by size."""
         times, rates = collections.defaultdict(list), []
         sizes = {m.key: m.size_gb for m in self._config().models.values()}
-        for s in self.recent():
+        for s in self.recent:
             if s.phase == "ready" and s.model:
                 for phase, _, seconds in s.phases:
                     if s.model == model:
@@ -2397,138 +2782,144 @@ class SwapManager:
 
     # --- asking
 
-    def start(self, slot, model, **options):
-        """Begin a swap of slot to model (a key; None = unload) -> the queued Swap. Raises Refused 409 while another runs.
+    def start(self, slot, model, token="", force=False, key=None, **options):
+        """Begin a swap of slot to model (a key; None = unload) -> the queued Swap.
 
-        A running rollback of the same slot gives way to a new swap, which waits as `queued` until the rollback has
-        cleaned up. The journal is written before the swap is published: a refusal changes nothing.
+        Right, breaker and busyness are judged in one read, and the journal is written before the swap is published: a
+        refusal changes nothing. A dry run, and a rollback of the same slot, give way to a new swap, which waits as
+        `queued` until they have cleaned up. Raises Refused 423 without the lock's token, 409, 503, and Answered.
         """
         now = time.time()
-        swap = Swap(f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{secrets.token_hex(2)}", slot, model, started_at=utc(now),
-                    phase_began=now, phases=(("queued", utc(now), None),), from_model=getattr(self.plan_of(slot), "model", None), **options)
+        swap = Swap(f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{secrets.token_hex(2)}", slot, model, started_at=utc(now), forced=force,
+                    phase_began=now, phases=(("queued", utc(now), None),), from_model=getattr(self.book.slots.get(slot), "model", None), **options)
         if model is None or swap.dry_run:
             swap = dataclasses.replace(swap, rollback=False)
         check_swap(swap)
-        with self._save_lock:                               # one start at a time, and no other save in between
-            with self._lock:
-                running = self._running
-                if running and (not running.rollback_of or running.slot != slot or self._waiting or swap.dry_run):
-                    busy = self._waiting or running
-                    raise Refused(409, "swap_running", f"a swap to {busy.model or 'nothing'} is running on {busy.slot} ({busy.phase})",
-                                  swap=busy.id, model=busy.model, phase=busy.phase, eta_seconds=busy.eta_seconds)
-                doc = self._doc_locked(**{"waiting" if running else "running": swap})
-            try:
-                write_atomic(self._journal, to_json(doc))
-            except OSError as e:
-                raise Refused(503, "journal_unwritable", f"{self._journal} cannot be written: {e.strerror}") from None
-            swap_log = SwapLog(os.path.join(self.dir, swap.id + ".log"))
-            with self._lock:
-                self._logs[swap.id] = swap_log
-                if self._running:                           # the rollback, unless it ended meanwhile
-                    self._waiting = swap
-                    self._cancel.set()
-                else:
-                    self._running = swap
-                    self._cancel.clear()
-        wish = "to unload" if model is None else f"what a swap to {model} would do on" if swap.dry_run else f"for {model} on"
-        self._events("swap_started" if not swap.dry_run else "dry_run", f"{swap.client or 'someone'} asked {wish} {slot}",
-                     swap=swap.id, slot=slot, model=model)
-        with self._lock:
-            self._wake.notify_all()
-        self._hub.bump()
+        with self._changing() as news:
+            book = self._settle_locked(news)
+            if self.answer_to(key):
+                raise Answered()
+            lease, overridden = (None, None) if swap.dry_run else self.right_locked(token, force)
+            running = book.running
+            gives_way = running and (running.dry_run or running.rollback_of and running.slot == slot)
+            if running and (not gives_way or book.waiting or swap.dry_run):
+                busy = book.waiting or running
+                raise Refused(409, "swap_running", f"a swap to {busy.model or 'nothing'} is running on {busy.slot} ({busy.phase})",
+                              swap=busy.id, model=busy.model, phase=busy.phase, eta_seconds=busy.eta_seconds)
+            if not swap.dry_run:
+                self._judge(swap, now)
+            if lease:
+                swap = dataclasses.replace(swap, holder=lease.holder, fence=lease.fence)
+                lease = lease.replace(swap=swap.id) if lease.swap == "asked" else lease.extended(lease.ttl, swap="", told=True) if lease.swap else lease
+            book = self._keyed(book.replace(lease=lease or book.lease), None if swap.dry_run else key, swap.id, slot, model, lease)
+            self._commit_locked(book.replace(**{"waiting" if running else "running": swap}))
+            self._logs[swap.id] = SwapLog(os.path.join(self.dir, swap.id + ".log"))
+            (self._cancel.set if running else self._cancel.clear)()
+            facts = {"swap": swap.id, "slot": slot, "model": model, "holder": swap.holder, "client": swap.client}
+            wish = "to unload" if model is None else f"what a swap to {model} would do on" if swap.dry_run else f"for {model} on"
+            news.append(("dry_run" if swap.dry_run else "swap_started", f"{swap.holder or swap.client or 'someone'} asked {wish} {slot}", facts))
+            if overridden:
+                said = f"{swap.client or 'someone'} overrode the lock of {overridden.holder}"
+                news.append(("lock_override", said, facts | {"overridden": overridden.holder}))
         return swap
 
-    def cancel(self, swap_id, client=""):
-        """Tell the running swap to end; it cleans up first. Returns the Swap as it is now. Raises Refused 404, 409."""
-        s = self.get(swap_id)
-        with self._lock:
-            if self._waiting and self._waiting.id == swap_id:
+    def _judge(self, swap, now):
+        """Refuse with 409 what failed too often, unless forced, and an automatic swap too soon after the last one."""
+        failed = recent_failures(self.recent, swap.model, now) if swap.model and not swap.forced else ()
+        if len(failed) >= 3:
+            told = [{"swap": s.id, "ended_at": s.ended_at, **{k: s.error.get(k) for k in ("code", "message", "remedy")}} for s in failed]
+            wait = max(1.0, parse_utc(failed[2].ended_at) + 3600 - now)
+            raise Refused(409, "model_failing", f"{swap.model} failed to load {len(failed)} times in an hour: {failed[0].error['message']}; "
+                          "force=true tries again", {"Retry-After": str(math.ceil(wait))}, failures=told)
+        last = next((s for s in self.recent if s.slot == swap.slot and s.phase == "ready" and s.model and not s.dry_run), None)
+        least = self._config().settings["MIN_SERVING_SECONDS"]
+        if swap.automatic and last and self.book.slots.get(swap.slot) and 0 <= now - parse_utc(last.ended_at) < least:
+            wait = parse_utc(last.ended_at) + least - now
+            raise Refused(409, "serving_too_short", f"{last.model} serves for less than {least:g} s (MIN_SERVING_SECONDS); only a person or a "
+                          "lock's holder may replace it yet", {"Retry-After": str(math.ceil(wait))}, eta_seconds=round(wait, 1))
+
+    def cancel(self, swap_id, token="", force=False, client=""):
+        """Tell the running swap to end; it cleans up first -> the Swap as it is now. Raises Refused 404, 409, 423."""
+        with self._changing() as news:
+            book = self._settle_locked(news)
+            s = self.get(swap_id)
+            if s is book.waiting:
                 raise Refused(409, "not_started", "the swap waits for a rollback to give way; cancel it when it runs")
-            if not self._running or self._running.id != swap_id:
+            if s is not book.running:
                 raise Refused(409, "swap_over", f"the swap is {s.phase} already", phase=s.phase)
-            if not self._running.cancelling:
-                self._running = dataclasses.replace(self._running, cancelling=True, seq=self._running.seq + 1)
+            overridden = self.right_locked(token, force)[1] if s.fence and book.lease and s.fence == book.lease.fence else None
+            if not s.cancelling:
+                s = dataclasses.replace(s, cancelling=True, seq=s.seq + 1)
+            self._commit_locked(book.replace(running=s), must=False)
             self._cancel.set()
-            s = self._running
-        self._save_quietly()
-        self._events("swap_cancel", f"{client or 'someone'} cancelled the swap to {s.model or 'nothing'}", swap=s.id)
-        self._hub.bump()
+            news.append(("lock_override" if overridden else "swap_cancel", f"{client or 'someone'} cancelled the swap to {s.model or 'nothing'}"
+                         + (f" of {overridden.holder} by force" if overridden else ""), {"swap": s.id, "client": client, "holder": s.holder}))
         return s
 
     # --- journal
 
     def _load(self, warn):
-        got = read_state(self._journal, warn)
-        try:
-            running, waiting = (Swap.from_journal(got[k]) if got.get(k) else None for k in ("running", "waiting"))
-            plans = {slot: Plan.from_dict(p) for slot, p in got.get("slots", {}).items()}
-        except (TypeError, KeyError, ValueError, AttributeError) as e:
-            warn(f"swap.json is of another shape ({printable(str(e), 200)}); starting from what the slots really serve")
-            with contextlib.suppress(OSError):
-                os.replace(self._journal, f"{self._journal}.bad-{int(time.time())}")
-            running, waiting, plans = None, None, {}
-        recent, kept = [], set(filter(None, (getattr(s, "id", "") for s in (running, waiting))))
-        for name in sorted(n for n in os.listdir(self.dir) if n.endswith(".json"))[-2 * self.KEEP:]:
+        """What the journal does not hold: the history. Then what its lease has come to meanwhile."""
+        book, recent = self.book, []
+        live, keyed = {s.id for s in (book.running, book.waiting) if s}, {a["swap"] for a in book.keys.values()}
+        found = sorted(n[:-5] for n in os.listdir(self.dir) if n.endswith(".json"))
+        kept = set(live)
+        for name in found:
+            if name not in keyed and name not in found[-2 * self.KEEP:]:
+                continue
             try:
-                recent.append(Swap.from_journal(read_state(os.path.join(self.dir, name), warn)))
+                recent.append(Swap.from_journal(read_state(os.path.join(self.dir, name + ".json"), warn)))
                 kept.add(recent[-1].id)
             except (TypeError, KeyError, ValueError, AttributeError):
-                warn(f"swaps/{name} is of another shape and is left out")
+                warn(f"swaps/{name}.json is of another shape and is left out")
         for name in os.listdir(self.dir):                   # what a crash or a dry run left
             if name.startswith(".tmp-") or name.endswith(".log") and name.split(".")[0] not in kept:
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.dir, name))
+        recent.sort(key=lambda s: s.ended_at or "", reverse=True)
+        over = {s.id: s for s in recent if s.id not in live}
+        if book.lease and book.lease.swap:
+            back = book.running and book.running.rollback_of
+            if book.lease.swap not in live | {back}:        # "asked", whose client is gone, or a swap that is over
+                s = over.get(book.lease.swap)
+                book = book.replace(lease=s and book.lease.told and lease_after(book.lease, s, False) or None)
+            elif not book.lease.told:
+                book = book.replace(lease=book.lease.replace(orphan=True))
         with self._lock:
-            self._running, self._waiting, self._plans = running, waiting, plans
-            self._recent = sorted((s for s in recent if not running or s.id != running.id), key=lambda s: s.ended_at or "", reverse=True)[:self.KEEP]
-            for s in filter(None, (running, waiting)):
+            self.book, self.recent = book, self._kept_of(over.values(), keyed)[0]
+            for s in filter(None, (book.running, book.waiting)):
                 self._logs[s.id] = SwapLog(os.path.join(self.dir, s.id + ".log"))
-            if running and (running.cancelling or waiting):
-                self._cancel.set()
-        if running and running.holds:
-            self.gate.hold(running.slot)
+        if book.running and (book.running.cancelling or book.waiting):
+            self._cancel.set()
+        if book.running and book.running.holds:
+            self.gate.hold(book.running.slot)
 
-    def _doc_locked(self, **instead):
-        """The journal's content; instead: swaps that are about to take the place of what is there."""
-        swaps = {"running": self._running, "waiting": self._waiting, **instead}
-        return {**{k: v and v.journal() for k, v in swaps.items()}, "slots": {slot: dataclasses.asdict(p) for slot, p in self._plans.items()}}
-
-    def _save(self):
-        """Write the journal. Raises OSError."""
-        with self._save_lock:
-            with self._lock:
-                doc = self._doc_locked()
-            write_atomic(self._journal, to_json(doc))
-
-    def _save_quietly(self):
-        try:
-            self._save()
-        except OSError as e:
-            log(f"{self._journal} cannot be written: {e.strerror}; a restart now would lose the running swap")
+    def _kept_of(self, swaps, keyed):
+        """(swaps to keep, swaps to forget): the last ones, and those that an Idempotency-Key names."""
+        real, dry = [s for s in swaps if not s.dry_run], [s for s in swaps if s.dry_run]
+        old = [s for s in real[self.KEEP:] if s.id not in keyed] + dry[self.KEEP_DRY:]
+        return tuple(s for s in swaps if s not in old), old
 
     def _update(self, save=False, **facts):
         """Replace fields of the running swap; only the swap thread calls this."""
         with self._lock:
-            self._running = s = dataclasses.replace(self._running, seq=self._running.seq + 1, **facts)
-        if save:
-            self._save_quietly()
+            s = dataclasses.replace(self.book.running, seq=self.book.running.seq + 1, **facts)
+            book = self.book.replace(running=s)
+            if save:
+                self._commit_locked(book, must=False)
+            self.book = book
         self._hub.bump()
         return s
 
     def _enter(self, phase, forget=(), **facts):
         """Make a transition, journal it, tell everybody. forget: slots in which nothing of ours is left."""
         with self._lock:
-            self._running = s = advance(self._running, phase, time.time(), **facts)
-            for slot in forget:
-                self._plans.pop(slot, None)
-        if phase == "stopping":                             # from here on a restart must know what was going on
-            try:
-                self._save()
-            except OSError as e:
-                with self._lock:
-                    self._running = dataclasses.replace(self._running, touched=False, previous=None)    # nothing was done
-                raise Failed("journal_unwritable", f"{self._journal} cannot be written: {e.strerror}", "free space on sparkctl's disk") from None
-        self._save_quietly()
+            s = advance(self.book.running, phase, time.time(), **facts)
+            slots = {slot: plan for slot, plan in self.book.slots.items() if slot not in forget}
+            try:                                            # from the stop on a restart must know what was going on
+                self._commit_locked(self.book.replace(running=s, slots=slots), must=phase == "stopping")
+            except Refused as e:
+                raise Failed("journal_unwritable", str(e), "free space on sparkctl's disk") from None
         self._hub.bump()
         self.log_of(s.id).add(f"-- {phase}")
         return s
@@ -2536,10 +2927,11 @@ class SwapManager:
     # --- acting
 
     def begin(self):
-        """Start the thread; a swap found in the journal is resumed."""
-        if s := self.running():
+        """Start the threads; a swap found in the journal is resumed."""
+        if s := self.book.running:
             self.log_of(s.id).add(f"-- sparkctl was started again while {s.phase}; going on")
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self):
         """Stop acting without touching any engine; the journal lets the next start go on."""
@@ -2547,26 +2939,21 @@ class SwapManager:
         with self._lock:
             self._wake.notify_all()
         self._cancel.set()                                  # wakes every wait; _drive asks _closing first
-        if self._thread.is_alive():
-            self._thread.join(2)
+        for thread in filter(threading.Thread.is_alive, self._threads):
+            thread.join(2)
 
     def _work(self):
-        while not self._closing.is_set():
-            with self._lock:
-                self._wake.wait_for(lambda: self._running or self._closing.is_set())
-            if self._closing.is_set():
-                return
-            try:
-                self._drive()
-            except Exception as e:
-                log(f"swap: {type(e).__name__}: {e}")       # a failing disk, say; try again rather than die
-                self._closing.wait(1)
+        """What the thread `swap` does again and again."""
+        with self._lock:
+            self._wake.wait_for(lambda: self.book.running or self._closing.is_set())
+        if not self._closing.is_set():
+            self._drive()
 
     def _drive(self):
         """Perform the running swap to its end."""
         run = SwapRun(self, self._config(), self._cancel)
         try:
-            while (s := self.running()) and s.id == run.id:
+            while (s := self.book.running) and s.id == run.id:
                 try:
                     if s.ending:
                         self._finish(run)
@@ -2586,13 +2973,15 @@ class SwapManager:
                                                            "remedy": "report it with that log", "log_tail": []}}
                 if self._closing.is_set():      # not the swap's end but ours; the next start goes on
                     return
+                if (now := self.book.running) is None or now.id != run.id:
+                    return                      # it was over when this happened
                 self._update(save=True, ending=ending)
         finally:
             run.close()
 
     def _finish(self, run):
         """Clean up after a failed or cancelled swap, close it, and begin the rollback if one is due."""
-        s = self.running()
+        s = self.book.running
         run.close()
         left = run.clean_up(s) if s.touched else None
         serves = left is not None and left == s.previous
@@ -2603,7 +2992,7 @@ class SwapManager:
         # a swap that took a rollback's place and touched nothing owes that rollback still
         self._conclude(s.ending["phase"], plans={s.slot: left} if s.touched else None,
                        rollback=s.previous is not None and not serves and (s.rollback or not s.touched),
-                       error=s.ending.get("error"), cancelling=False, ending=None)
+                       error=s.ending.get("error"), ending=None)
 
     def _conclude(self, phase, plans=None, rollback=False, **facts):
         """The terminal transition: the swap joins the history, and what waits, or its rollback, is the running one.
@@ -2611,51 +3000,46 @@ class SwapManager:
         Whoever sees the swap over can start the next at once. The history is written first: a crash in between
         finds the swap in the journal and ends it again.
         """
-        now = time.time()
-        with self._lock:
-            rollback = rollback and self._waiting is None
-            s = advance(self._running, phase, now, rollback_id=self._running.id + "-rb" if rollback else None, **facts)
-        self.log_of(s.id).add(f"-- {phase}" + (f": {s.error['message']}" if s.error else ""))
-        try:
+        now, swap_log = time.time(), self.log_of(self.book.running.id)
+        swap_log.add(f"-- {phase}" + (f": {facts['error']['message']}" if facts.get("error") else ""))
+        with self._changing() as news:
+            book = self._settle_locked(news)
+            rollback = rollback and book.waiting is None
+            s = advance(book.running, phase, now, rollback_id=book.running.id + "-rb" if rollback else None, cancelling=False, **facts)
             if not s.dry_run:
-                write_atomic(os.path.join(self.dir, s.id + ".json"), to_json(s.journal()))
-        except OSError as e:
-            log(f"swap {s.id} cannot be kept: {e.strerror}")
-        with self._lock:
-            for slot, plan in (plans or {}).items():
-                self._plans.pop(slot, None)
-                if plan:
-                    self._plans[slot] = plan
-            self._recent.insert(0, s)
-            old = [o for o in self._recent if not o.dry_run][self.KEEP:] + [o for o in self._recent if o.dry_run][self.KEEP_DRY:]
-            self._recent = [o for o in self._recent if o not in old]
-            following, self._waiting = self._waiting, None
+                write_state(os.path.join(self.dir, s.id + ".json"), s.journal())
+            following = book.waiting
             if following and s.rollback_of:     # it gave way: what it would have brought back is still what to go back to
                 following = dataclasses.replace(following, previous=s.plan)
-            elif rollback and not following:
+            elif rollback:
                 following = Swap(s.rollback_id, s.slot, s.previous.model, started_at=utc(now), phase_began=now,
                                  phases=(("queued", utc(now), None),), rollback=False, rollback_of=s.id,
-                                 plan=s.previous, holder=s.holder, note=s.note, client=s.client)
+                                 plan=s.previous, holder=s.holder, fence=s.fence, note=s.note, client=s.client)
                 self._logs[following.id] = SwapLog(os.path.join(self.dir, following.id + ".log"))
-            self._running = following
+            lease = lease_after(book.lease, s, rollback)
+            if lease is None and book.lease:
+                news.append(("lock_released", f"the lock of {book.lease.holder} ended with its swap", book.lease.facts()))
+            slots = {**book.slots, **(plans or {})}
+            self.recent, old = self._kept_of((s, *self.recent), {a["swap"] for a in book.keys.values()})
             self._cancel.clear()
+            self._commit_locked(book.replace(running=following, waiting=None, lease=lease, slots={k: v for k, v in slots.items() if v}), must=False)
+            self._settle_locked(news)
             self._logs.pop(s.id, None)
-        self._save_quietly()
+            if not s.dry_run:
+                told = {"ready": "swap_complete", "failed": "swap_failed", "cancelled": "swap_cancelled"}[phase]
+                news.append((told, f"{s.model or 'unload'} on {s.slot}: {phase}" + (f", {s.error['message']}" if s.error else ""), {
+                    "swap": s.id, "slot": s.slot, "model": s.model, "rollback_of": s.rollback_of, "holder": s.holder, "payload": webhook_payload(s)}))
         if not (following and following.slot == s.slot and (rollback or following.rollback_of or s.rollback_of)):
             self.gate.release(s.slot)
         for o in old:
             for suffix in (".json", ".log", ".engine.log"):
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.dir, o.id + suffix))
-        if not s.dry_run:
-            told = {"ready": "swap_complete", "failed": "swap_failed", "cancelled": "swap_cancelled"}[phase]
-            self._events(told, f"{s.model or 'unload'} on {s.slot}: {phase}" + (f", {s.error['message']}" if s.error else ""),
-                         swap=s.id, slot=s.slot, model=s.model, rollback_of=s.rollback_of)
-        self._hub.bump()
 
 
-# === 10 monitor ===============================================================
-# Who looks at Sparks and slots while no swap does, one thread each; what they saw last is all that others read.
+# === 10 coordination ==========================================================
+# How others are told, and when what is due: events (the audit log), webhooks, schedules of others (shown, never
+# run), jobs of our own (through the same lock and swap as anyone else). Cron expressions count in local time.
 
 
 class Events:
@@ -2665,6 +3049,7 @@ class Events:
 
     def __init__(self, path, hub):
         self._path, self._hub = path, hub
+        self.listeners = []                                 # f(event, payload), set before the threads start
         self._lock = threading.Lock()
         self._list = collections.deque(maxlen=self.KEEP)    # guarded by _lock
         for name in (path + ".1", path):
@@ -2672,14 +3057,20 @@ class Events:
                 for line in f:
                     with contextlib.suppress(ValueError, RecursionError):       # a torn last line
                         got = json.loads(line)
-                        if isinstance(got, dict) and isinstance(got.get("n"), int) and all(isinstance(got.get(k), str) for k in ("at", "kind", "text")):
+                        if isinstance(got, dict) and all(isinstance(got.get(k), t) for k, t in {"n": int, "at": str, "kind": str, "text": str}.items()):
                             self._list.append({**got, "text": printable(got["text"], 500)})
         self._n = max((e["n"] for e in self._list), default=0)     # guarded by _lock
+        with contextlib.suppress(OSError), open(path, "rb+") as f:
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":                          # torn in a crash: the next event begins a line of its own
+                f.write(b"\n")
 
-    def add(self, kind, text_, **facts):
+    def add(self, kind, text_, payload=None, **facts):
+        """Record what happened; facts: who and what. payload: what a webhook says of it, if more than that."""
         with self._lock:
             self._n += 1
-            event = {"n": self._n, "at": utc(), "kind": kind, "text": printable(text_, 500), **{k: v for k, v in facts.items() if v is not None}}
+            known = {k: v for k, v in facts.items() if v not in (None, "")}
+            event = {"n": self._n, "at": utc(), "kind": kind, "text": printable(text_, 500), **known}
             self._list.append(event)
             with contextlib.suppress(OSError):
                 if os.path.exists(self._path) and os.path.getsize(self._path) > self.ROTATE:
@@ -2687,12 +3078,437 @@ class Events:
                 with open(self._path, "a", encoding="utf-8") as f:
                     f.write(json.dumps(event) + "\n")
         log(f"event {kind}: {text_}")
+        for listener in self.listeners:
+            try:
+                listener(event, payload)
+            except Exception as e:                          # no more threads, say: whoever tells has done its work
+                log(f"event {kind} could not be passed on: {type(e).__name__}: {e}")
         self._hub.bump()
 
     def since(self, n, limit=500):
         """Newest first."""
         with self._lock:
             return [e for e in reversed(self._list) if e["n"] > n][:limit]
+
+
+class Webhooks:
+    """Tells other programs by POST. One thread and one bounded queue a receiver, so that a dead one delays nobody."""
+
+    KEEP, QUEUE, LIMIT_S = 50, 100, 5.0
+
+    def __init__(self, settings, hub):
+        self._settings, self._hub = settings, hub           # settings: () -> Settings
+        self._lock = threading.Lock()
+        self._deliveries = collections.deque(maxlen=self.KEEP)      # guarded by _lock; newest first
+        self._queues = {}                                   # guarded by _lock; URL -> Queue of its thread
+
+    def wants(self, kind):
+        wanted = any(fnmatch.fnmatchcase(kind, name) for name in self._settings()["WEBHOOK_EVENTS"])
+        return kind == "test" or wanted and kind != "dry_run"
+
+    def tell(self, event, payload=None):
+        """Queue one event for every receiver that wants it -> ids of the deliveries. Never blocks."""
+        return [self._queue(url, event, payload) for url in self._settings()["WEBHOOK_URL"]] if self.wants(event["kind"]) else []
+
+    def _queue(self, url, event, payload):
+        facts = payload or {k: v for k, v in event.items() if k not in ("n", "kind")}
+        body = to_json({"event": event["kind"], "at": event["at"], **facts})
+        place = urllib.parse.urlsplit(url)                  # the rest of a URL may be its secret
+        row = {"id": secrets.token_hex(8), "event": event["kind"], "to": f"{place.scheme}://{place.netloc.rpartition('@')[2]}",
+               "queued_at": utc(), "outcome": "queued", "status": None, "seconds": None, "detail": ""}
+        with self._lock:
+            self._deliveries.appendleft(row)
+            if url not in self._queues:
+                waiting = queue.Queue(self.QUEUE)
+                threading.Thread(target=self._work, args=(url, waiting), name="webhook", daemon=True).start()
+                self._queues[url] = waiting
+            try:
+                self._queues[url].put_nowait((row, body))
+            except queue.Full:
+                row.update(outcome="dropped", detail=f"{self.QUEUE} deliveries were waiting already")
+        return row["id"]
+
+    def deliveries(self):
+        with self._lock:
+            return [dict(row) for row in self._deliveries]
+
+    def _work(self, url, waiting):
+        while True:
+            row, body = waiting.get()
+            began = time.monotonic()
+            try:
+                status = self._post(url, row, body)
+                outcome = {"outcome": "delivered" if 200 <= status < 300 else "refused", "status": status,
+                           "detail": "redirects are not followed" if 300 <= status < 400 else ""}
+            except Exception as e:                          # whatever a receiver does; this thread must not die of it
+                what = getattr(e, "reason", None) or getattr(e, "strerror", None) or type(e).__name__
+                late = time.monotonic() - began >= self.LIMIT_S
+                outcome = {"outcome": "failed", "detail": f"no answer within {self.LIMIT_S:g} s" if late else printable(str(what), 200)}
+            with self._lock:
+                row.update(outcome, seconds=round(time.monotonic() - began, 3))
+            if outcome["outcome"] != "delivered":
+                log(f"webhook {row['event']} to {row['to']}: {outcome['outcome']} {outcome.get('status') or ''} {outcome['detail']}")
+            self._hub.bump()
+
+    def _post(self, url, row, body):
+        """One POST -> status; LIMIT_S to connect, LIMIT_S for the rest. TLS is verified; no redirect is followed, no proxy used."""
+        place, secret = urllib.parse.urlsplit(url), self._settings()["WEBHOOK_SECRET"]
+        kind = functools.partial(http.client.HTTPSConnection, context=ssl.create_default_context()) if place.scheme == "https" else http.client.HTTPConnection
+        connection = kind(place.hostname, place.port, timeout=self.LIMIT_S)
+        headers = {"Content-Type": "application/json", "User-Agent": f"sparkctl/{VERSION}",
+                   "X-Spark-Event": row["event"], "X-Spark-Delivery": row["id"]}
+        if secret:
+            headers["X-Spark-Signature"] = "sha256=" + hmac.new(secret.encode(), body, "sha256").hexdigest()
+        if place.username:
+            login = f"{urllib.parse.unquote(place.username)}:{urllib.parse.unquote(place.password or '')}"
+            headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+
+        connection.connect()
+        sock = connection.sock
+
+        def cut():
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        alarm = threading.Timer(self.LIMIT_S, cut)          # http.client limits each read, not all of them together
+        alarm.start()
+        try:
+            connection.request("POST", (place.path or "/") + (f"?{place.query}" if place.query else ""), body, headers)
+            return connection.getresponse().status
+        finally:
+            alarm.cancel()
+            connection.close()
+
+
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+CRON_FIELDS = (("minute", 0, 59, {}), ("hour", 0, 23, {}), ("day of the month", 1, 31, {}),
+               ("month", 1, 12, {name: n for n, name in enumerate(MONTHS, 1)}), ("day of the week", 0, 7, {name: n for n, name in enumerate(DAYS)}))
+CRON_WORDS = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
+              "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *"}
+
+
+class Cron(NamedTuple):
+    """A parsed cron expression."""
+    minutes: tuple
+    hours: tuple
+    days: frozenset
+    months: frozenset
+    weekdays: frozenset         # 0 = Sunday
+    either: bool                # both day fields are restricted: one of them has to match
+    fixed: bool                 # a time of day, rather than `every so often`
+
+
+@functools.lru_cache(1000)
+def parse_cron(expression):
+    """The five fields of crontab(5), or @daily and its like -> Cron. Raises ValueError."""
+    fields = CRON_WORDS.get(expression.strip().lower(), expression).split()
+    require(len(fields) == 5, f"must be five fields, or one of {', '.join(CRON_WORDS)}")
+    sets = []
+    for field, (what, low, high, words) in zip(fields, CRON_FIELDS):
+        found = set()
+        for part in field.lower().split(","):
+            m = re.fullmatch(r"(?:(\*)|(\w+)(?:-(\w+))?)(?:/(\d{1,4}))?", part, re.ASCII)
+            ends = [words.get(end, int(end) if end.isdigit() else -1) for end in (m[2], m[3] or m[2])] if m and m[2] else [low, high]
+            step = int(m[4]) if m and m[4] else 1
+            require(m and low <= ends[0] <= ends[1] <= high and step and not (m[4] and m[2] and not m[3]),
+                    f"{part[:40]!r} is not a {what} ({low}-{high}, lists, ranges, * and steps such as */5)")
+            found |= set(range(ends[0], ends[1] + 1, step))
+        sets.append(found)
+    minute, hour, day, _, weekday = (field.startswith("*") for field in fields)
+    return Cron(tuple(sorted(sets[0])), tuple(sorted(sets[1])), frozenset(sets[2]), frozenset(sets[3]), frozenset(d % 7 for d in sets[4]),
+                not day and not weekday, not minute and not hour)
+
+
+def moments(cron, day):
+    """The Unix times of a cron expression on a local date, in order.
+
+    A time of day that the clocks skip in spring comes as soon as they have jumped, one that comes twice in autumn
+    counts once; what runs `every so often` follows the real time (as cron(8) of Debian does).
+    """
+    midnights = [int(datetime(d.year, d.month, d.day).timestamp()) for d in (day, day + timedelta(days=1))]
+    times, out = [(hour, minute) for hour in cron.hours for minute in cron.minutes], set()
+    if midnights[1] - midnights[0] == 86400:    # nobody sets the clocks on this day
+        return [midnights[0] + 3600 * hour + 60 * minute for hour, minute in times]
+    for hour, minute in times:
+        wall = datetime(day.year, day.month, day.day, hour, minute)
+        first, second = (int(wall.replace(fold=fold).timestamp()) for fold in (0, 1))
+        if datetime.fromtimestamp(first) == wall:
+            out |= {first} if cron.fixed else {first, second}
+        elif cron.fixed:                        # skipped: they jump somewhere after `second`, at `first` at the latest
+            before = time.localtime(second).tm_gmtoff
+            out.add(next(at for at in range(second, first + 60, 60) if time.localtime(at).tm_gmtoff != before))
+    return sorted(out)
+
+
+def runs_between(cron, after, until):
+    """The Unix times of a cron expression later than `after` and not later than `until`, one by one."""
+    day, last = datetime.fromtimestamp(after).date(), datetime.fromtimestamp(until).date()
+    while day <= last:
+        dates, weekdays = day.day in cron.days, day.isoweekday() % 7 in cron.weekdays
+        if day.month in cron.months and (dates or weekdays if cron.either else dates and weekdays):
+            yield from (at for at in moments(cron, day) if after < at <= until)
+        day += timedelta(days=1)
+
+
+def next_run(cron, after):
+    """The first Unix time of a cron expression later than `after`; None if there is none in eight years (29 February)."""
+    return next(runs_between(cron, after, after + 8 * 366 * 86400), None)
+
+
+def find_conflicts(wishes, most=50):
+    """[(id, slot, model, from, to)] -> [{at, ids, models, text}]: pairs that want different models in a slot at a time, each once."""
+    told, active, out = set(), {}, []           # active: id -> the wish that lasts
+    for wish in sorted(wishes, key=lambda w: w[3]):
+        name, slot, model, start, _ = wish
+        active = {n: w for n, w in active.items() if w[4] > start}
+        for other in (w for w in active.values() if w[1] == slot and w[2] != model and frozenset((w[0], name)) not in told):
+            told.add(frozenset((other[0], name)))
+            at = time.strftime("%H:%M", time.localtime(start))
+            out.append({"at": utc(start), "ids": [other[0], name], "models": [other[2], model],
+                        "text": f"two jobs want different models at {at}: {other[0]} {other[2]}, {name} {model}"})
+        active[name] = max(wish, active.get(name, wish), key=lambda w: w[4])
+        if len(out) >= most:
+            break
+    return out
+
+
+class Register:
+    """Entries by id, kept in a JSON file; one that is bad there is left out and reported."""
+
+    MOST = 200
+
+    def __init__(self, path, what, fields, required, hub, warn):
+        self._path, self._what, self._hub = path, what, hub
+        self._lock = threading.Lock()
+        self.entries = {}                                   # replaced under _lock; id -> entry
+        got = read_state(path, warn) or {"entries": {}}
+        if not isinstance(got.get("entries"), dict):
+            warn(f"{os.path.basename(path)} is of another shape and is left out")
+            got = {"entries": {}}
+        for key, entry in list(got["entries"].items())[:self.MOST]:
+            try:
+                entry = checked(expect("mapping", entry), fields, "it")
+                require(entry.get("id") == key and set(required) <= set(entry), "a field is missing")
+                self.entries[key] = entry
+            except (ValueError, TypeError, Refused) as e:
+                warn(f"{os.path.basename(path)}: {printable(str(key), 80)} is left out: {e}")
+
+    def change(self, key, change, must=True):
+        """Replace an entry by change(entry or None); None drops it -> the new one. Raises Refused 404, 409, 503."""
+        with self._lock:
+            entry = change(self.entries.get(key))
+            if entry is None and key not in self.entries:
+                raise Refused(404, "unknown_" + self._what, f"no {self._what} {printable(key, 80)}", nearest=nearest(key, self.entries))
+            entries = {k: v for k, v in self.entries.items() if k != key} | ({key: entry} if entry is not None else {})
+            if len(entries) > self.MOST:
+                raise Refused(409, "too_many", f"at most {self.MOST} are kept")
+            write_state(self._path, {"entries": entries}, "state_unwritable" if must else None)
+            self.entries = entries
+        self._hub.bump()
+        return entry
+
+
+def moment(value):
+    """An RFC 3339 time with its zone, as text."""
+    with contextlib.suppress(ValueError):
+        if re.fullmatch(r"2[01]\d\d-\d\d-\d\d[T ][\d:.]{5,15}(Z|[+-]\d\d:\d\d)", expect("text", value), re.ASCII) and parse_utc(value):
+            return value
+    raise ValueError("must be a time such as 2026-01-31T06:00:00+01:00")
+
+
+def cron_text(value):
+    require(isinstance(value, str) and len(value) <= 500, "must be a cron expression of at most 500 characters")
+    require(next_run(parse_cron(value), time.time()), "never comes")
+    return value
+
+
+def runs_told(value):
+    """How many runs there were, or the last ones."""
+    if not isinstance(value, list):
+        return amount(0, 10**9, "a number or a list,")(value)
+    require(len(value) <= 20 and len(to_json(value)) <= 8000, "must be at most 20 runs, or their number")
+    return [expect("mapping", run) for run in value]
+
+
+ID = matching(r"[A-Za-z0-9._-]{1,64}", "must be 1 to 64 letters, digits, . _ -")
+SCHEDULE = {"id": ID, "name": line_of(200), "cron": cron_text, "next_run": moment, "model": line_of(200), "slot": line_of(64),
+            "duration_minutes": amount(0, 10080, "minutes"), "owner": line_of(100), "note": line_of(500), "last_run": moment, "last_status": line_of(100),
+            "runs": runs_told, "registered_at": moment}
+LATE_S = 300                    # a run that was not reported for so long is late
+
+
+def schedule_due(entry, now):
+    """(Unix time of the next run or None, whether the last one that was due is late) of a registered schedule."""
+    reported, given = (parse_utc(entry[k]) if entry.get(k) else None for k in ("last_run", "next_run"))
+    if "cron" in entry:
+        cron = parse_cron(entry["cron"])
+        owed = next_run(cron, max(reported, parse_utc(entry["registered_at"]))) if reported else None
+        late = owed is not None and owed + LATE_S < now
+        return (given if given and given > now else next_run(cron, now)), late
+    return given, bool(given) and given + LATE_S < now and (reported is None or reported < given - LATE_S)
+
+
+class Schedules:
+    """What others run and when, for people to see. Nothing here is ever run."""
+
+    def __init__(self, register, jobs):
+        self.register, self._jobs = register, jobs          # jobs: the Register of our own jobs
+        self._computing = threading.Lock()                  # so that one reader computes for all
+        self._view = None, None                             # guarded by _computing; for which minute and entries what was computed
+
+    def put(self, entry):
+        self.register.change(entry["id"], lambda old: {**entry, "registered_at": utc()})
+
+    def shown(self):
+        return self.view()[0]
+
+    def view(self):
+        """(schedules with next_run, late and conflicts, all conflicts of a day to come) as of this minute."""
+        with self._computing:
+            mark, (known, got) = (int(time.time() // 60), self.register.entries, self._jobs.entries), self._view
+            if not known or any(a is not b for a, b in zip(mark[1:], known[1:])) or mark[0] != known[0]:
+                got = self._compute()
+                self._view = mark, got
+            return got
+
+    def _compute(self):
+        now, rows, wishes = time.time(), [], []
+        for entry in self.register.entries.values():
+            due, late = schedule_due(entry, now)
+            rows.append({**entry, "next_run": utc(due) if due else None, "late": late})
+            wishes += self._wishes(entry, due, now, 60 * entry.get("duration_minutes", 0))
+        for job in self._jobs.entries.values():
+            if job["kind"] == "swap" and job.get("enabled", True):
+                wishes += self._wishes({**job, "id": f"job {job['id']}"}, None, now, 0)
+        conflicts = find_conflicts(wishes)
+        for row in rows:
+            row["conflicts"] = [c for c in conflicts if row["id"] in c["ids"]]
+        return rows, conflicts
+
+    @staticmethod
+    def _wishes(entry, due, now, seconds):
+        """When in the day to come an entry wants its model, each time for at least a minute."""
+        if "model" in entry:
+            times = runs_between(parse_cron(entry["cron"]), now, now + 86400) if "cron" in entry else [due] if due and now < due < now + 86400 else ()
+            for at in itertools.islice(times, 100):
+                yield entry["id"], entry.get("slot", "main"), entry["model"], at, at + max(60, seconds)
+
+
+JOB = {"id": ID, "kind": choice("swap", "warm", "restart", "health"), "cron": cron_text, "model": line_of(200), "slot": line_of(64), "service": line_of(64),
+       "missed": choice("run", "skip"), "enabled": boolean, "wait": amount(0, 86400, "seconds"), "note": line_of(500)}
+JOB_NEEDS = {"swap": "model", "warm": "model", "restart": "service"}
+JOB_RUN = {"started_at": moment, "ended_at": moment, "outcome": choice("running", "ok", "failed", "skipped", "interrupted"), "detail": line_of(500), "swap": line_of(100)}
+# What is kept of a job beside what was asked: when it is due next (Unix time) and its last runs, newest first.
+JOB_STATE = {"due": amount(0, 1 << 33, "Unix time"), "runs": lambda runs: [
+    checked({"started_at": "", "outcome": "", **expect("mapping", run)}, JOB_RUN, "run") for run in expect("list", runs)]}
+
+
+class Jobs:
+    """Our own jobs: swap, warm, restart, health on a cron expression. The thread `jobs` starts what is due, each in a thread."""
+
+    KEEP, LATE_S, LOOK_S = 20, 120, 20      # runs kept of each; later than that is `missed`; how often the wall clock is asked
+
+    def __init__(self, register, actions, events):
+        self.register, self._actions, self._events = register, actions, events  # actions: {kind: f(job, tell, swap id) -> detail}
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._offset = 0.0                                  # of the wall clock, as last seen; of the thread `jobs` alone
+        self._lock = threading.Lock()
+        self._active = set()                                # guarded by _lock; ids of jobs that run
+
+    def shown(self):
+        with self._lock:
+            active = set(self._active)
+        return [{"enabled": True, "missed": "skip", "note": "", **{k: v for k, v in job.items() if k != "due"}, "running": job["id"] in active,
+                 "next_run": utc(job["due"]) if job["due"] and job.get("enabled", True) else None} for job in self.register.entries.values()]
+
+    def put(self, job):
+        """Add or replace a job; its last runs are kept."""
+        due = next_run(parse_cron(job["cron"]), time.time())
+        self.register.change(job["id"], lambda old: {**job, "due": due, "runs": old["runs"] if old else []})
+        self._wake.set()
+
+    def start(self):
+        """Begin. What ran when sparkctl ended is over, except a swap, which goes on and is waited for."""
+        for job in list(self.register.entries.values()):
+            for run in job["runs"]:
+                if run["outcome"] == "running" and run.get("swap"):
+                    self._begin(job, run["swap"])
+                elif run["outcome"] == "running":
+                    self._record(job["id"], outcome="interrupted", detail="sparkctl ended while it ran", ended_at=utc())
+        forever("jobs", self._closing, self._look).start()
+
+    def close(self):
+        self._closing.set()
+        self._wake.set()
+
+    def _look(self):
+        """Start what is due, then sleep until something is: not for long, since the wall clock may be set."""
+        self._wake.clear()
+        pause, now, offset = self.LOOK_S, time.time(), time.time() - boot_clock()
+        clock_was_set, self._offset = abs(offset - self._offset) > 60, offset
+        for job in list(self.register.entries.values()):
+            try:
+                if job.get("enabled", True) and job["due"]:
+                    due = self._due(job, now, clock_was_set and job["due"] > now) if clock_was_set or job["due"] <= now else job["due"]
+                    pause = min(pause, due - now)
+            except Exception as e:                          # deleted meanwhile, say: that is no reason to forget the others
+                log(f"job {job['id']}: {type(e).__name__}: {e}")
+        self._wake.wait(max(0.0, pause))
+
+    def _due(self, job, now, only_again=False):
+        """Start a job whose time has come, or say why not -> when it is due again, which is on disk first."""
+        with self._lock:
+            overlaps = job["id"] in self._active
+        why = "its last run was not over" if overlaps else f"it was due at {utc(job['due'])}, and sparkctl did not run or the clock was set" \
+            if now - job["due"] > self.LATE_S and job.get("missed", "skip") == "skip" else ""
+        run = {"started_at": utc(now), "outcome": "running", "detail": "started"}
+        run |= {"ended_at": utc(now), "outcome": "skipped", "detail": why} if why else {}
+        due = next_run(parse_cron(job["cron"]), now) or now + 10 * 366 * 86400
+        if only_again and due == job["due"]:
+            return due
+
+        def again(old):
+            runs = old["runs"] if only_again else [run, *old["runs"]]
+            return {**old, "due": due, "runs": [r for n, r in enumerate(runs) if n < self.KEEP or r["outcome"] == "running"]} if old is job else old
+        if self.register.change(job["id"], again, must=False)["due"] == due and not why and not only_again:
+            self._begin(job)
+        return due
+
+    def _begin(self, job, swap=""):
+        with self._lock:
+            self._active.add(job["id"])
+        try:
+            threading.Thread(target=self._run, args=(job, swap), name="job", daemon=True).start()
+        except RuntimeError as e:                           # no more threads
+            self._end(job, "failed", str(e))
+
+    def _run(self, job, swap):
+        try:
+            outcome, detail = "ok", self._actions[job["kind"]](job, lambda **facts: self._record(job["id"], **facts), swap)
+        except (Refused, Answered) as e:
+            outcome, detail = "failed", str(e) or "it was deleted or disabled meanwhile"
+        except Exception as e:
+            log(f"job {job['id']}: {type(e).__name__}: {e}\n{traceback.format_exc()}")
+            outcome, detail = "failed", "an internal error; sparkctl's own log has it"
+        if not self._closing.is_set():                      # else it is not the job's end but ours
+            self._end(job, outcome, detail)
+
+    def _end(self, job, outcome, detail):
+        self._record(job["id"], outcome=outcome, detail=printable(detail, 500), ended_at=utc())
+        with self._lock:
+            self._active.discard(job["id"])
+        self._events("job_" + outcome, f"job {job['id']} ({job['kind']}): {detail}", job=job["id"])
+
+    def _record(self, key, **facts):
+        """Tell more of a job's run that is not over, of which there is one; the job may be gone."""
+        def tell(job):
+            return job and {**job, "runs": [{**run, **facts} if run["outcome"] == "running" else run for run in job["runs"]]}
+        with contextlib.suppress(Refused):
+            self.register.change(key, tell, must=False)
+
+
+# === 11 monitor ===============================================================
+# Who looks at Sparks and slots while no swap does, one thread each; what they saw last is all that others read.
 
 
 class SlotView(NamedTuple):
@@ -2707,6 +3523,7 @@ class SparkView(NamedTuple):
     remedy: str = ""
     seen_at: str | None = None
     memory: dict | None = None  # total_gb, available_gb
+    failures: int = 0           # looks in a row that failed
 
 
 class Monitor:
@@ -2718,35 +3535,22 @@ class Monitor:
         self._lock = threading.Lock()
         self._slots = {}                        # guarded by _lock; name -> SlotView
         self._sparks = {}                       # guarded by _lock; name -> SparkView
-        self._threads = {}                      # guarded by _lock; name -> Thread
+        self._watched = set()                   # slots that have a thread; of start(), then of the thread `config`
         self._closing = threading.Event()
 
     def start(self):
         for name in self._store.sparks:
-            self._thread("spark-" + name, self._watch_spark, name)
+            forever("spark-" + name, self._closing, functools.partial(self._look_at_spark, name)).start()
         self._watch_slots()
-        self._thread("config", self._watch_config)
+        forever("config", self._closing, self._look_at_config).start()
 
     def close(self):
         self._closing.set()
 
     def _watch_slots(self):
-        for name in self._store.current.layout.slots:
-            self._thread("slot-" + name, self._watch_slot, name)
-
-    def _thread(self, name, target, *args):
-        def run():
-            while not self._closing.is_set():
-                try:
-                    return target(*args)
-                except Exception as e:          # no thread dies silently
-                    log(f"{name}: {type(e).__name__}: {e}")
-                    self._closing.wait(5)
-        with self._lock:
-            if name in self._threads and self._threads[name].is_alive():
-                return
-            self._threads[name] = threading.Thread(target=run, name=name, daemon=True)
-            self._threads[name].start()
+        for name in self._store.current.layout.slots.keys() - self._watched:
+            self._watched.add(name)
+            forever("slot-" + name, self._closing, functools.partial(self._look_at_slot, name)).start()
 
     def slot(self, name):
         with self._lock:
@@ -2769,55 +3573,50 @@ class Monitor:
                              f"{name} served {old.probe.served[0]} and now {now}, without a swap", slot=name, model=now)
         self._hub.bump()
 
-    def _watch_slot(self, name):
-        while not self._closing.is_set():
-            config = self._store.current
-            slot = config.layout.slots.get(name)
-            if slot is None:
-                with self._lock:
-                    self._slots.pop(name, None)
-                return
-            before = self.manager.mark(name)
-            if before[0] is None:
-                endpoint = Endpoint(self._hosts.address(slot.hosts[0]), slot.port, config.settings["VLLM_API_KEY"])
-                probe = probe_vllm_endpoint(endpoint)
-                if self.manager.mark(name) == before:       # no swap began or ended meanwhile
-                    self.observe(name, probe, foreign=True)
-            self._closing.wait(config.settings["POLL_SECONDS"])
-
-    def _watch_spark(self, name):
-        failures, poll = 0, self._store.settings["POLL_SECONDS"]
-        while not self._closing.is_set():
-            got = self._hosts.run(name, "awk '/^Mem(Total|Available):/ {print $1, $2}' /proc/meminfo 2>/dev/null; exit 0", 15)
-            if got.kind == "ok":
-                facts, failures = parse_facts(got.out), 0
-                view = SparkView("ok", "answers; memory unknown", "", utc())
-                with contextlib.suppress(IndexError, ValueError):
-                    total, available = (round(int(facts[k][0].split()[0]) / (1 << 20), 1) for k in ("MemTotal", "MemAvailable"))
-                    view = SparkView("ok", "", "", utc(), {"total_gb": total, "available_gb": available})
-            else:
-                failures += 1
-                last = got.err.strip().splitlines()[-1:] or [""]
-                view = SparkView("unreachable", f"{got.kind.replace('_', ' ')}: {printable(last[0], 200)}",
-                                 remedy_for(got, self._store.sparks[name]), self.spark(name).seen_at)
+    def _look_at_slot(self, name):
+        """One look at a slot, unless a swap is at it; then wait for the next."""
+        config, before = self._store.current, self.manager.mark(name)
+        slot = config.layout.slots.get(name)
+        if slot is None:                        # gone from the file; it may come back
             with self._lock:
-                old = self._sparks.get(name)
-                self._sparks[name] = view
-            if old is None or old._replace(seen_at=None) != view._replace(seen_at=None):
-                self._hub.bump()
-            if old and old.state != view.state:
-                self._events.add("spark_" + view.state, f"{name} is {view.state}" + (f": {view.detail}" if view.detail else ""), spark=name)
-            # a dead Spark is asked less and less often; the jitter keeps several from asking together
-            self._closing.wait(poll if not failures else min(60, poll * 2 ** failures) * (0.8 + 0.4 * secrets.randbelow(100) / 100))
+                self._slots.pop(name, None)
+        elif before[0] is None:
+            probe = probe_vllm_endpoint(endpoint_of(slot, self._hosts, config.settings))
+            if self.manager.mark(name) == before:           # no swap began or ended meanwhile
+                self.observe(name, probe, foreign=True)
+        self._closing.wait(config.settings["POLL_SECONDS"])
 
-    def _watch_config(self):
-        while not self._closing.wait(1):
-            if self._store.refresh():
-                self._events.add("config_changed", f"files were read again: {len(self._store.current.models)} models, {len(self._store.current.problems)} problems")
-                self._watch_slots()
+    def _look_at_spark(self, name):
+        """One look at a Spark; then wait for the next. A dead one is asked less and less often."""
+        poll, old = self._store.settings["POLL_SECONDS"], self.spark(name)
+        got = self._hosts.run(name, "awk '/^Mem(Total|Available):/ {print $1, $2}' /proc/meminfo 2>/dev/null; exit 0", 15)
+        if got.kind == "ok":
+            facts, view = parse_facts(got.out), SparkView("ok", "answers; memory unknown", "", utc())
+            with contextlib.suppress(IndexError, ValueError):
+                total, available = (round(int(facts[k][0].split()[0]) / (1 << 20), 1) for k in ("MemTotal", "MemAvailable"))
+                view = SparkView("ok", "", "", utc(), {"total_gb": total, "available_gb": available})
+        else:
+            last = got.err.strip().splitlines()[-1:] or [""]
+            view = SparkView("unreachable", f"{got.kind.replace('_', ' ')}: {printable(last[0], 200)}",
+                             remedy_for(got, self._store.sparks[name]), old.seen_at, failures=old.failures + 1)
+        with self._lock:
+            self._sparks[name] = view
+        if old[:3] + old[4:5] != view[:3] + view[4:5]:      # all but when
+            self._hub.bump()
+        if old.state not in ("unknown", view.state):
+            self._events.add("spark_" + view.state, f"{name} is {view.state}" + (f": {view.detail}" if view.detail else ""), spark=name)
+        # the jitter keeps several from asking together
+        self._closing.wait(poll if not view.failures else min(60, poll * 2 ** min(view.failures, 9)) * (0.8 + 0.4 * secrets.randbelow(100) / 100))
+
+    def _look_at_config(self):
+        self._closing.wait(1)
+        if self._store.refresh():
+            config = self._store.current
+            self._events.add("config_changed", f"files were read again: {len(config.models)} models, {len(config.problems)} problems")
+            self._watch_slots()
 
 
-# === 11 data path =============================================================
+# === 12 data path =============================================================
 # /v1: which slot serves a request, holding while it swaps, and a relay of bytes as they come, on raw sockets.
 # Bodies and replies pass unchanged; only hop-by-hop fields and keys are taken out.
 
@@ -2883,8 +3682,7 @@ def parse_reply_head(head):
     m, fields = re.fullmatch(rb"HTTP/1\.[01] ([2-5]\d\d)(?: [^\r\n]*)?", first), []
     for line in rest:
         f = FIELD.fullmatch(line)
-        if not f or b"\n" in line or b"\r" in line:
-            raise ValueError("malformed header field")
+        require(f and b"\n" not in line and b"\r" not in line, "malformed header field")
         fields.append((f[1].decode(), f[2].decode("latin-1")))
     lengths = {v for k, v in fields if k.lower() == "content-length"}
     coding = [v.lower() for k, v in fields if k.lower() == "transfer-encoding"]
@@ -2927,16 +3725,15 @@ class BodyEnd:
             end = data.find(b"\n", at)
             self.line += data[at:end + 1 if end >= 0 else len(data)]
             at = end + 1 if end >= 0 else len(data)
-            if len(self.line) > 1024:
-                raise ValueError("a chunk size too long")
+            require(len(self.line) <= 1024, "a chunk size too long")
             if end >= 0:
                 line, self.line = self.line, b""
                 if self.left is None:   # trailer lines, up to the blank one
                     self.done = line == b"\r\n"
-                elif m := re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", line):
-                    self.left = int(m[1], 16) + 2 if int(m[1], 16) else None
                 else:
-                    raise ValueError("a malformed chunk size")
+                    m = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", line)
+                    require(m, "a malformed chunk size")
+                    self.left = int(m[1], 16) + 2 if int(m[1], 16) else None
         return data[:at]
 
 
@@ -3000,8 +3797,7 @@ def relay(client, endpoint, request, extra):
             got = b""
             while b"\r\n\r\n" not in got:
                 chunk = recv_watching(upstream, client, FIRST_BYTE_S)
-                if not chunk or len(got) > 65536:
-                    raise ValueError("no reply")
+                require(chunk and len(got) <= 65536, "no reply")
                 got += chunk
                 while got.startswith(b"HTTP/1.1 1") and b"\r\n\r\n" in got:
                     got = got.partition(b"\r\n\r\n")[2]
@@ -3037,12 +3833,13 @@ def relay(client, endpoint, request, extra):
         return status, sent, end.done
 
 
-# === 12 http ==================================================================
+# === 13 http ==================================================================
 # The table of routes is the API: method, path, handler, query and body fields with their parsers. Every request is
 # read under limits, then guarded (Host, Origin, key), then dispatched. Handlers return (status, object[, headers])
 # and never see the socket, except the two that stream.
 
-HEAD_MAX, FIELDS_MAX, CONNECTIONS_MAX = 32 << 10, 100, 512
+HEAD_MAX, FIELDS_MAX = 32 << 10, 100
+CONNECTIONS_MAX, PARKED_MAX = 512, 384      # of these held, long-polling or streaming a log: /api always finds a thread
 HEAD_S, BODY_S, IDLE_S, SEND_S = 10.0, 60.0, 75.0, 60.0
 
 
@@ -3126,8 +3923,7 @@ def parse_json(body):
     """Bytes -> a JSON object. Raises Refused 400 that says what is wrong."""
     def no_duplicates(pairs):
         for key, count in collections.Counter(k for k, _ in pairs).items():
-            if count > 1:
-                raise ValueError(f"the key {key!r} is given twice")
+            require(count == 1, f"the key {key!r} is given twice")
         return dict(pairs)
 
     def constant(name):
@@ -3142,172 +3938,11 @@ def parse_json(body):
     return got
 
 
-def checked(given, fields, where):
-    """given through its parsers. Raises Refused 422 that names the field, and the nearest known one."""
-    got = {}
-    for name, value in given.items():
-        if name not in fields:
-            hint = nearest(name, fields)
-            raise Refused(422, "unknown_field", f"{where} has no field {printable(str(name), 80)}" + (f"; did you mean {hint}?" if hint else ""),
-                          field=str(name)[:80], known=sorted(fields))
-        if value is None:
-            continue
-        try:
-            got[name] = fields[name](value)
-        except (ValueError, TypeError) as e:
-            raise Refused(422, "bad_field", f"{name} {e}", field=name) from None
-    return got
-
-
-def line_of(most):
-    def parse(value):
-        if not isinstance(value, str) or not 0 < len(value) <= most or printable(value, most) != value:
-            raise ValueError(f"must be text of 1 to {most} characters on one line")
-        return value
-    return parse
-
-
-def seconds_up_to(most):
-    def parse(value):
-        try:
-            got = float(value)
-        except ValueError:
-            got = -1
-        if not 0 <= got <= most:
-            raise ValueError(f"must be seconds from 0 to {most}")
-        return got
-    return parse
-
-
-def whole(value):
-    if not re.fullmatch(r"\d{1,15}", str(value), re.ASCII):
-        raise ValueError("must be a whole number")
-    return int(value)
-
-
-def check_names(value):
-    known = [name for name in CHECKS if name != "reachable"]
-    for name in expect("list", value):
-        if name not in known:
-            raise ValueError(f"must be a list of {', '.join(known)}")
-    return tuple(value)
-
-
-boolean = lambda value: expect("bool", value)
-
-
-class App:
-    """What the handlers work on. Fixed after construction; each part keeps its own locks."""
-
-    def __init__(self, store, data_dir, demo=False):
-        self.store, self.demo, self.warnings = store, demo, []
-        self.hub, self.gate = Hub(), Gate()
-        self.events = Events(os.path.join(data_dir, "events.jsonl"), self.hub)
-        self.hosts = Hosts(store.sparks.values())
-        self.monitor = Monitor(store, self.hosts, self.hub, self.events)
-        self.swaps = SwapManager(data_dir, lambda: store.current, self.hosts, self.hub, self.gate, self.events.add,
-                                 self.warnings.append, self.monitor.observe)
-        self.monitor.manager = self.swaps
-        self.closing = threading.Event()
-
-    def start(self):
-        self.swaps.begin()
-        self.monitor.start()
-
-    def close(self):
-        self.closing.set()
-        self.hub.bump()                         # parked long-polls answer now
-        self.monitor.close()
-        self.swaps.close()
-        self.hosts.close()
-
-    # --- what is shown
-
-    def views(self):
-        return {name: self.monitor.slot(name).probe.served for name in self.store.current.layout.slots}
-
-    def slots(self, config):
-        running = self.swaps.running()
-        for slot in config.layout.slots.values():
-            view = self.monitor.slot(slot.name)
-            served = view.probe.served[0] if view.probe.served else None
-            model = config.find(served) if served else None
-            state = {"serving": "serving", "silent": "empty", "loading": "wedged"}.get(view.probe.state, "unknown")
-            if self.monitor.spark(slot.hosts[0]).state == "unreachable" and state == "empty":
-                state = "unknown"
-            if running and running.slot == slot.name and running.holds:
-                state = "swapping"
-            yield {"name": slot.name, "state": state, "model": model.key if model else None, "served_id": served, "since": view.since,
-                   "url": Endpoint(self.hosts.address(slot.hosts[0]), slot.port).url, "hosts": list(slot.hosts), "port": slot.port,
-                   "backend": slot.backend, "detail": view.probe.detail, "in_flight": self.gate.counts(slot.name)[0], "held": self.gate.counts(slot.name)[1]}
-
-    def models(self, config):
-        on = {s["model"]: s["name"] for s in self.slots(config) if s["model"]}
-        return [{**m.public(), "serving_on": on.get(m.key)} for m in config.models.values()]
-
-    def state(self):
-        config, version = self.store.current, self.hub.version()
-        running, recent = self.swaps.running(), self.swaps.recent()
-        hidden = set(config.settings["DISABLED_SERVICES"])
-        sparks = []
-        for spark in config.sparks.values():
-            view = self.monitor.spark(spark.name)
-            sparks.append({"name": spark.name, "host": spark.host, **view._asdict()})
-        return {"version": version, "now": utc(), "demo": self.demo,
-                "warnings": [*config.settings.warnings, *map(str, config.problems), *self.warnings],
-                "sparks": sparks, "slots": list(self.slots(config)), "models": self.models(config),
-                "services": [{"name": s.name, "kind": s.kind, "label": s.label, "state": "unknown", "host": s.host, "port": s.port}
-                             for s in config.layout.services.values() if s.configured and s.name not in hidden],
-                "swap": running.public() if running else None, "last": next((s.public() for s in recent if not s.dry_run), None),
-                "lock": {"locked": False}, "schedules": [], "jobs": [], "events": self.events.since(0, 50), "settings": config.settings.public()}
-
-    def poll(self, r, predicate, wait_s):
-        """Park until predicate() or wait_s is over or we stop. Raises ClientGone if the client of r hangs up meanwhile."""
-        deadline = time.monotonic() + wait_s
-        while not self.hub.wait_for(lambda: predicate() or self.closing.is_set(), max(0.0, min(2.0, deadline - time.monotonic()))):
-            if r.gone():
-                raise ClientGone()
-            if time.monotonic() >= deadline:
-                return
-
-
-# --- handlers
-
-def get_page(app, r):
-    """The page, whose one script and one style are allowed by their hashes."""
-    with open(os.path.join(HERE, "index.html"), "rb") as f:
-        page = f.read()
-    hashes = {tag: " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(body).digest()).decode()}'" for body in
-                            re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.S)) or "'none'" for tag in ("script", "style")}
-    return 200, page, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
-                       f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
-                       "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
-
-
-def get_healthz(app, r):
-    return 200, {"status": "ok", "version": VERSION}
-
-
-def get_state(app, r):
-    if "since" in r.query:
-        app.poll(r, lambda: app.hub.version() != r.query["since"], r.query.get("wait", 0))
-    return 200, app.state()
-
-
-def get_models(app, r):
-    return 200, {"models": app.models(app.store.current)}
-
-
 def known_model(config, key):
     if key in config.models:
         return config.models[key]
     hint = nearest(key, config.models)
     raise Refused(404, "unknown_model", f"no model {printable(key, 80)} in the catalog" + (f"; did you mean {hint}?" if hint else ""), nearest=hint)
-
-
-def get_model(app, r):
-    known_model(app.store.current, r.args["key"])
-    return 200, next(m for m in app.models(app.store.current) if m["key"] == r.args["key"])
 
 
 def pick_slot(config, name):
@@ -3324,47 +3959,436 @@ def pick_slot(config, name):
 SWAP_STATUS = {"ready": 200, "planned": 200, "failed": 502, "cancelled": 409}
 
 
-def swap_reply(app, r, swap, wait_s):
-    """202 at once, or the end of the swap for whoever waits: 200, 502, 409, or 504 while it still runs."""
-    location = {"Location": f"/api/swap/{swap.id}"}
-    if wait_s is None:
-        return 202, swap.public(), location
-    app.poll(r, lambda: app.swaps.get(swap.id).phase in TERMINAL, wait_s)
-    swap = app.swaps.get(swap.id)
-    status = SWAP_STATUS.get(swap.phase, 504)
-    if swap.phase == "planned" and swap.error:
-        status = 409
-    return status, {**swap.public(), **({"still_running": True} if status == 504 else {})}, location
+# What a job does: f(app, job, tell, id of a swap that it began before a restart) -> what came of it. Raises Refused.
+
+
+def swap_outcome(app, swap_id):
+    """Wait for the end of a swap, and of its rollback -> what came of it. Raises Refused if it failed."""
+    app.poll(None, lambda: app.ended(swap_id), math.inf)
+    swap = app.swaps.get(swap_id)
+    if swap.phase != "ready":
+        raise Refused(502, "swap_failed", f"{swap.phase}: {swap.error['message'] if swap.error else 'cancelled by someone'}")
+    return f"{swap.model} serves"
+
+
+def job_locked(action):
+    """A job that does action(app, job, tell, token) while it holds the lock; what disturbs others is done like that only."""
+    def run(app, job, tell, swap_id):
+        if swap_id:                             # its lock came through the restart too, and ends with the swap
+            return swap_outcome(app, swap_id)
+        deadline = time.monotonic() + job.get("wait", 600)
+        gone = lambda: app.jobs.register.entries.get(job["id"], {"enabled": False}).get("enabled") is False
+        while True:
+            wish = {"holder": f"job {job['id']}", "ttl": LEASE_MAX_S, "wait": max(0, deadline - time.monotonic()), "note": job.get("note", "")}
+            lease = app.take_lock(None, wish, until=gone, swap="asked", told=False)     # or Answered, if it is gone
+            try:
+                if gone():
+                    raise Refused(409, "job_gone", "it was deleted or disabled meanwhile")
+                return action(app, job, tell, app.swaps.token(lease))
+            except Refused as e:                # for what only takes time others need not wait
+                busy, left = e.code == "swap_running", deadline - time.monotonic()
+                if e.code not in ("swap_running", "serving_too_short") or left <= 0:
+                    raise
+                pause = left if busy else min(left, e.details["eta_seconds"])
+            finally:
+                if not app.closing.is_set():
+                    app.swaps.end_lease(lease.fence, "its job is done")
+            app.poll(None, lambda: busy and not app.swaps.book.running, pause)
+    return run
+
+
+def job_swap(app, job, tell, token):
+    slot, key = pick_slot(app.store.current, job.get("slot")), known_model(app.store.current, job.get("model", "")).key
+    _, got, _ = app.swap(None, slot, key, {"client": f"job {job['id']}", "automatic": True, "note": job.get("note", ""), "token": token}, wait_s=0)
+    if "already_serving" in got:
+        return f"{key} was served already"
+    tell(swap=got["id"])
+    return swap_outcome(app, got["id"])
+
+
+def job_health(app, job, tell, swap_id):
+    rows = app.health()["services"]
+    if bad := [f"{row['name']}: {row['detail']}" for row in rows if not row["ok"]]:
+        raise Refused(502, "unhealthy", "; ".join(bad))
+    return f"{len(rows)} answered"
+
+
+JOB_ACTIONS = {"swap": job_locked(job_swap), "warm": job_locked(lambda app, job, tell, token: app.warm(job.get("model", ""))), "health": job_health,
+               "restart": job_locked(lambda app, job, tell, token: app.restart(job.get("service", ""), f"job {job['id']}", token))}
+
+
+class App:
+    """What the handlers work on. Fixed after construction; each part keeps its own locks."""
+
+    def __init__(self, store, data_dir, demo=False):
+        self.store, self.demo, self.warnings = store, demo, []
+        self.hub, self.gate = Hub(), Gate()
+        self.events = Events(os.path.join(data_dir, "events.jsonl"), self.hub)
+        self.hosts = Hosts(store.sparks.values())
+        self.monitor = Monitor(store, self.hosts, self.hub, self.events)
+        self.swaps = SwapManager(data_dir, lambda: store.current, self.hosts, self.hub, self.gate, self.events.add,
+                                 self.warnings.append, self.monitor.observe)
+        self.monitor.manager = self.swaps
+        self.webhooks = Webhooks(lambda: store.current.settings, self.hub)
+        self.events.listeners.append(self.webhooks.tell)
+        jobs, schedules = (Register(os.path.join(data_dir, f"{what}s.json"), what, fields, required, self.hub, self.warnings.append)
+                           for what, fields, required in (("job", {**JOB, **JOB_STATE}, ("kind", "cron", "due", "runs")), ("schedule", SCHEDULE, ("registered_at",))))
+        self.jobs = Jobs(jobs, {kind: functools.partial(run, self) for kind, run in JOB_ACTIONS.items()}, self.events.add)
+        self.schedules = Schedules(schedules, jobs)
+        self.closing = threading.Event()
+        self._parked = threading.BoundedSemaphore(PARKED_MAX)
+        for warning in self.warnings:           # what was lost is not only shown until the next start
+            self.events.add("state_lost", warning)
+
+    def start(self):
+        values = {row["name"]: row["value"] for row in self.store.settings.public() if row["source"] != "default"}
+        before = next((e["settings"] for e in self.events.since(0) if e["kind"] == "started" and isinstance(e.get("settings"), dict)), values)
+        if changed := sorted(k for k in values.keys() | before.keys() if values.get(k) != before.get(k)):
+            self.events.add("settings_changed", "since the last start: " + ", ".join(f"{k} = {values.get(k, 'default')}" for k in changed), names=changed)
+        self.events.add("started", f"sparkctl {VERSION} was started", settings=values)
+        self.swaps.begin()
+        self.monitor.start()
+        self.jobs.start()
+
+    def close(self):
+        self.jobs.close()
+        self.closing.set()
+        self.hub.bump()                         # parked long-polls answer now
+        self.monitor.close()
+        self.swaps.close()
+        self.events.add("stopped", "sparkctl was told to end; engines go on")
+        self.hosts.close()
+
+    # --- what is shown
+
+    def views(self):
+        return {name: self.monitor.slot(name).probe.served for name in self.store.current.layout.slots}
+
+    def slots(self, config):
+        running = self.swaps.book.running
+        for slot in config.layout.slots.values():
+            view = self.monitor.slot(slot.name)
+            served = view.probe.served[0] if view.probe.served else None
+            model = config.find(served) if served else None
+            state = {"serving": "serving", "silent": "empty", "loading": "wedged"}.get(view.probe.state, "unknown")
+            if self.monitor.spark(slot.hosts[0]).state == "unreachable" and state == "empty":
+                state = "unknown"
+            if running and running.slot == slot.name and running.holds:
+                state = "swapping"
+            yield {"name": slot.name, "state": state, "model": model.key if model else None, "served_id": served, "since": view.since,
+                   "url": endpoint_of(slot, self.hosts, config.settings).url, "hosts": list(slot.hosts), "port": slot.port,
+                   "backend": slot.backend, "detail": view.probe.detail, "in_flight": self.gate.counts(slot.name)[0], "held": self.gate.counts(slot.name)[1]}
+
+    def models(self, config, key=None):
+        on = {s["model"]: s["name"] for s in self.slots(config) if s["model"]}
+        return [{**m.public(), "serving_on": on.get(m.key)} for m in config.models.values() if key in (None, m.key)]
+
+    def state(self):
+        config, version = self.store.current, self.hub.version()
+        running, recent = self.swaps.book.running, self.swaps.recent
+        hidden = set(config.settings["DISABLED_SERVICES"])
+        schedules, conflicts = self.schedules.view()
+        sparks = [{"name": s.name, "host": s.host, **self.monitor.spark(s.name)._asdict()} for s in config.sparks.values()]
+        return {"version": version, "now": utc(), "demo": self.demo,
+                "warnings": [*config.settings.warnings, *map(str, config.problems), *self.warnings],
+                "sparks": sparks, "slots": list(self.slots(config)), "models": self.models(config),
+                "services": [{"name": s.name, "kind": s.kind, "label": s.label, "state": "unknown", "host": s.host, "port": s.port}
+                             for s in config.layout.services.values() if s.configured and s.name not in hidden],
+                "swap": running.public() if running else None, "last": next((s.public() for s in recent if not s.dry_run), None),
+                "lock": self.swaps.lock_info(), "schedules": schedules, "conflicts": conflicts, "jobs": self.jobs.shown(),
+                "events": self.events.since(0, 50), "settings": config.settings.public()}
+
+    @contextlib.contextmanager
+    def parking(self):
+        """Around whatever keeps a connection waiting. Raises Refused 503 if too many do."""
+        if not self._parked.acquire(blocking=False):
+            raise Refused(503, "too_many_waiting", f"{PARKED_MAX} requests wait already", {"Retry-After": "5"})
+        try:
+            yield
+        finally:
+            self._parked.release()
+
+    def poll(self, r, predicate, wait_s):
+        """Park until predicate() or wait_s is over or we stop. Raises ClientGone if the client of r (None: a job) hangs up meanwhile."""
+        deadline = time.monotonic() + wait_s
+        with self.parking() if r else contextlib.nullcontext():
+            while not self.hub.wait_for(lambda: predicate() or self.closing.is_set(), max(0.0, min(1.0, deadline - time.monotonic()))):
+                if r and r.gone():
+                    raise ClientGone()
+                if time.monotonic() >= deadline:
+                    return
+
+    # --- who may, and what they then do; r is None for a job
+
+    def take_lock(self, r, wish, token="", until=lambda: False, **more):
+        """The lease that wish, {holder, ttl, wait, note}, asks for, after standing in the queue. Raises Refused, ClientGone."""
+        needed(wish, "holder")
+        wait_s, client = wish.get("wait", 0), r.client if r else ""
+        ticket = self.swaps.acquire(wish["holder"], wish.get("ttl", 900), token, wait_s > 0, wish.get("note", ""), client, **more)
+        try:
+            if not ticket.lease:
+                self.poll(r, lambda: ticket.lease or until(), wait_s)
+            if r and r.gone():
+                raise ClientGone()
+        except BaseException:
+            self.swaps.leave(ticket, drop=True)
+            raise
+        if refusal := self.swaps.leave(ticket) if not ticket.lease else None:
+            stopping = Refused(503, "stopping", "sparkctl ends; ask again in a moment", {"Retry-After": "5"})
+            raise Answered() if until() else stopping if self.closing.is_set() else refusal
+        return ticket.lease
+
+    def put_entry(self, r, what, place):
+        """Add or replace what r describes in place: the schedules or the jobs -> (status, how it is shown)."""
+        status = 200 if r.json["id"] in place.register.entries else 201
+        place.put(r.json)
+        self.events.add(what + "_set", f"{r.client} set {what} {r.json['id']}", client=r.client, id=r.json["id"])
+        return status, next((row for row in place.shown() if row["id"] == r.json["id"]), r.json)
+
+    def lock_reply(self, lease):
+        """What the holder alone is told."""
+        shown = lease.public()
+        return {"token": self.swaps.token(lease), **{k: shown[k] for k in ("holder", "acquired_at", "expires_at", "expires_in", "fence", "note")}}
+
+    def serves(self, slot):
+        """Names that the slot's engine answers to at this very moment."""
+        probe = probe_vllm_endpoint(endpoint_of(slot, self.hosts, self.store.settings))
+        return probe.served if probe.state == "serving" else ()
+
+    def swap(self, r, slot, key, options, wait_s=None, lock=None, idempotency=None):
+        """A swap as asked for over HTTP or by a job, with the lock around it if wanted -> (status, body, headers).
+
+        With lock: stand in the queue, wait for a swap that runs, swap, tell the token. If it fails, the lease ends.
+        """
+        config, lease, replay = self.store.current, None, lambda: self.swaps.answer_to(idempotency)
+        if config.models[key].mode == "cluster" and len(slot.hosts) < 2:
+            raise Refused(409, "needs_cluster", f"{key} is a cluster model, and slot {slot.name} has one Spark", slot=slot.name)
+        options = {"rollback": config.settings["SWAP_ROLLBACK"], **options}
+        try:
+            if replay():
+                raise Answered()
+            deadline = time.monotonic() + (lock or {}).get("wait", 0)
+            if lock is not None:
+                lease = self.take_lock(r, lock, options.get("token", ""), replay, swap="asked", told=bool(idempotency))
+                options["token"] = self.swaps.token(lease)
+            while True:
+                if not options.get("restart") and not options.get("dry_run") and not self.swaps.book.running and key in self.serves(slot):
+                    if wait_s is None and lock is None:
+                        raise Refused(409, "already_serving", f"{slot.name} serves {key} already; send restart: true to load it again",
+                                      model=key, slot=slot.name)
+                    self.swaps.remember(idempotency, slot.name, key, lease.fence if lease else 0)
+                    return self.served_reply(slot.name, key, lease.fence if lease else 0)
+                try:
+                    swap = self.swaps.start(slot.name, key, key=idempotency, **options)
+                    return self.swap_reply(r, swap, wait_s, lease.fence if lease else 0)
+                except Refused as e:            # the lock is ours: what runs comes to its end, and nothing else begins
+                    if e.code != "swap_running" or lock is None or time.monotonic() >= deadline or self.closing.is_set():
+                        raise
+                    self.poll(r, lambda: not self.swaps.book.running, deadline - time.monotonic())
+        except Answered:
+            if lease:
+                self.swaps.answered(lease.fence, gone=True)
+            found = replay()
+            return self.swap_reply(r, self.swaps.get(found["swap"]), wait_s, found["fence"]) if found["swap"] else \
+                self.served_reply(found["slot"], found["model"], found["fence"])
+        except BaseException:
+            if lease:                           # it did not begin, or nobody is there to be told
+                self.swaps.answered(lease.fence, gone=True)
+            raise
+
+    def lock_part(self, fence):
+        lease = self.swaps.answered(fence) if fence else None
+        return {"lock": self.lock_reply(lease)} if lease else {}
+
+    def served_reply(self, slot, key, fence):
+        last = next((s.public() for s in self.swaps.recent if s.phase == "ready" and s.model == key and s.slot == slot), {})
+        return 200, {**last, "model": key, "slot": slot, "phase": "ready", "already_serving": True, **self.lock_part(fence)}, {}
+
+    def swap_reply(self, r, swap, wait_s, fence=0):
+        """202 at once, or the end of the swap for whoever waits: 200, 502, 409, or 504 while it still runs.
+
+        fence: of the lease that was taken together with it; then its end is that of its rollback too.
+        """
+        location = {"Location": f"/api/swap/{swap.id}"}
+        if wait_s is None:
+            return 202, {**swap.public(), **self.lock_part(fence)}, location
+
+        self.poll(r, lambda: self.ended(swap.id) if fence else self.swaps.get(swap.id).phase in TERMINAL, wait_s)
+        if r and r.gone():
+            raise ClientGone()
+        swap = self.swaps.get(swap.id)
+        status = 409 if swap.phase == "planned" and swap.error else SWAP_STATUS.get(swap.phase, 504)
+        return status, {**swap.public(), **({"still_running": True} if status == 504 else {}), **self.lock_part(fence)}, location
+
+    def ended(self, swap_id):
+        """Whether a swap is over, and its rollback too."""
+        s = self.swaps.get(swap_id)
+        return s.phase in TERMINAL and not (s.rollback_id and self.swaps.get(s.rollback_id).phase not in TERMINAL)
+
+    def restart(self, name, client, token="", force=False):
+        """Restart the container of a service -> what was done. Raises Refused 404, 409, 423, 502, 504."""
+        config = self.store.current
+        service = config.layout.services.get(name)
+        if service is None or name in config.settings["DISABLED_SERVICES"] or not service.configured:
+            raise Refused(404, "unknown_service", f"no service {printable(name, 80)}", nearest=nearest(name, config.layout.services))
+        places = [*config.layout.slots.items(), *self.swaps.book.slots.items()]
+        engines = {(host, place.container): slot for slot, place in places for host in place.hosts}
+        if (service.host, service.container) in engines:
+            raise Refused(409, "slot_engine", f"{name} is the engine of slot {engines[service.host, service.container]}: POST /api/swap with restart: true")
+        if not service.container or not service.host:
+            raise Refused(409, "no_container", f"{name} has no host and container in services-overrides.yaml")
+        self.swaps.permit(token, force, f"a restart of {name}", client)
+        spark = dataclasses.replace(config.sparks[service.host], user=service.user or config.sparks[service.host].user)
+        got = self.hosts.run(spark, f"docker restart -t 30 {quote_arg(service.container)}", 120)
+        self.events.add("service_restart", f"{client} restarted {name}: {got.kind}", service=name, client=client)
+        if got.kind != "ok":
+            raise Refused(504 if got.kind == "time_out" else 502, "restart_failed", f"{name} on {service.host}: {got.kind.replace('_', ' ')}: "
+                          f"{printable(got.err.strip()[-300:], 300)}", remedy=remedy_for(got, spark))
+        return f"container {service.container} on {service.host} was restarted"
+
+    def warm(self, key, slot=None):
+        """One tiny request to a served model -> how it answered. Raises Refused 409, 502."""
+        slot = slot or next((slot for slot in self.store.current.layout.slots.values() if key in self.serves(slot)), None)
+        if slot is None:
+            raise Refused(409, "model_not_serving", f"{key} is not served now")
+        plan = self.swaps.book.slots.get(slot.name)
+        path, body = warm_request(key, bool(plan and plan.pooling))
+        began = time.monotonic()
+        try:
+            status, _ = endpoint_of(slot, self.hosts, self.store.settings).request("POST", path, body, self.store.settings["SWAP_WARM_TIMEOUT"])
+        except (OSError, http.client.HTTPException) as e:
+            status = type(e).__name__
+        if status != 200:
+            raise Refused(502, "warming_failed", f"{key} did not answer {path}: {status}")
+        return f"{key} answered in {time.monotonic() - began:.2f} s"
+
+    def health(self):
+        """Every slot's model is asked for a token and every service for its health, all at once -> {ok, services}."""
+        config = self.store.current
+
+        def of_service(service):
+            place = urllib.parse.urlsplit(service.url or f"http://{self.hosts.address(service.host)}:{service.port}")
+            status, _ = Endpoint(place.hostname, place.port or 80).request("GET", service.health, timeout_s=10)
+            if status != 200:
+                raise Refused(502, "unhealthy", f"{service.health} says {status}")
+            return f"{service.health} says 200"
+
+        def answer(name, kind, ask):
+            began, ok = time.monotonic(), False
+            try:
+                detail, ok = ask(), True
+            except Refused as e:
+                detail = str(e)
+            except (OSError, ValueError, http.client.HTTPException) as e:
+                detail = "no answer in time" if isinstance(e, TimeoutError) else "no answer"
+            return {"name": name, "kind": kind, "ok": ok, "seconds": round(time.monotonic() - began, 3), "detail": detail}
+        slots, hidden = config.layout.slots.values(), config.settings["DISABLED_SERVICES"]
+        asks = [(slot.name, "slot", functools.partial(self.warm, served[0], slot)) for slot in slots if (served := self.serves(slot))]
+        asks += [(s.name, s.kind, functools.partial(of_service, s)) for s in config.layout.services.values() if s.configured and s.name not in hidden]
+        with ThreadPoolExecutor(16) as pool:
+            rows = list(pool.map(answer, *zip(*asks))) if asks else []
+        return {"ok": all(row["ok"] for row in rows), "services": rows}
+
+
+# --- handlers
+
+def get_page(app, r):
+    """The page, whose one script and one style are allowed by their hashes."""
+    try:
+        with open(os.path.join(HERE, "index.html"), "rb") as f:
+            page = f.read()
+    except OSError as e:
+        raise Refused(500, "no_page", f"index.html beside sparkctl.py cannot be read: {e.strerror}") from None
+    hashes = {tag: " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(body).digest()).decode()}'" for body in
+                            re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.S)) or "'none'" for tag in ("script", "style")}
+    return 200, page, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
+                       f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; connect-src 'self'; "
+                       "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
+
+
+def get_state(app, r):
+    if "since" in r.query:
+        app.poll(r, lambda: app.hub.version() != r.query["since"], r.query.get("wait", 0))
+    return 200, app.state()
+
+
+def right_of(r):
+    """What a caller brings to act against or under the lock."""
+    return {"token": r.headers.get("x-swap-lock-token", ""), "force": r.query.get("force", False), "client": r.client}
 
 
 def post_swap(app, r):
-    config, body, wait_s = app.store.current, dict(r.json), r.query.get("wait")
-    key = body.pop("model", None)
-    if key is None:
-        raise Refused(422, "bad_field", "model is needed: a key of the catalog", field="model")
+    config, body = app.store.current, dict(r.json)
+    key, lock = body.pop("model", None), body.pop("lock", None)
+    needed(r.json, "model")
+    if lock is not None and body.get("dry_run"):
+        raise Refused(422, "bad_field", "a dry run needs no lock", field="lock")
+    idempotency = None
+    if (given := r.headers.get("idempotency-key")) is not None:
+        if not 0 < len(given) <= 255:
+            raise Refused(400, "bad_request", "Idempotency-Key must have 1 to 255 characters")
+        idempotency = given, hashlib.sha256(to_json([sorted(r.json.items()), r.query.get("force", False)])).hexdigest()
     model, slot = known_model(config, key), pick_slot(config, body.pop("slot", None))
-    if model.mode == "cluster" and len(slot.hosts) < 2:
-        raise Refused(409, "needs_cluster", f"{key} is a cluster model, and slot {slot.name} has one Spark", slot=slot.name)
-    body.setdefault("rollback", config.settings["SWAP_ROLLBACK"])
-    if not body.get("restart") and not body.get("dry_run") and not app.swaps.running():
-        endpoint = Endpoint(app.hosts.address(slot.hosts[0]), slot.port, config.settings["VLLM_API_KEY"])
-        probe = probe_vllm_endpoint(endpoint)
-        if probe.state == "serving" and key in probe.served:
-            if wait_s is not None:
-                last = next((s.public() for s in app.swaps.recent() if s.phase == "ready" and s.model == key and s.slot == slot.name), {})
-                return 200, {**last, "model": key, "slot": slot.name, "phase": "ready", "already_serving": True}
-            raise Refused(409, "already_serving", f"{slot.name} serves {key} already; send restart: true to load it again", model=key, slot=slot.name)
-    return swap_reply(app, r, app.swaps.start(slot.name, key, client=r.client, **body), wait_s)
+    return app.swap(r, slot, model.key, {**body, **right_of(r)}, r.query.get("wait"), lock, idempotency)
 
 
 def post_unload(app, r):
     slot = pick_slot(app.store.current, r.json.get("slot"))
-    return swap_reply(app, r, app.swaps.start(slot.name, None, client=r.client, note=r.json.get("note", "")), r.query.get("wait"))
+    return app.swap_reply(r, app.swaps.start(slot.name, None, note=r.json.get("note", ""), **right_of(r)), r.query.get("wait"))
+
+
+def post_lock(app, r):
+    lease = app.take_lock(r, r.json, r.headers.get("x-swap-lock-token", ""), swap="asked", told=False)
+    lease = app.swaps.answered(lease.fence) or lease        # or it was over at once
+    return 201, app.lock_reply(lease)
+
+
+def post_schedule(app, r):
+    needed(r.json, "id")
+    return app.put_entry(r, "schedule", app.schedules)
+
+
+def post_job(app, r):
+    needed(r.json, "id", "kind", "cron", *filter(None, [JOB_NEEDS.get(r.json.get("kind"))]))
+    config, service = app.store.current, r.json.get("service")
+    if "model" in r.json:
+        known_model(config, r.json["model"])
+    if "slot" in r.json:
+        pick_slot(config, r.json["slot"])
+    if service and service not in config.layout.services:
+        raise Refused(404, "unknown_service", f"no service {service}", nearest=nearest(service, config.layout.services))
+    return app.put_entry(r, "job", app.jobs)
+
+
+def delete_entry(what):
+    def handler(app, r):
+        (app.schedules if what == "schedule" else app.jobs).register.change(r.args["id"], lambda old: None)
+        app.events.add(what + "_removed", f"{r.client} removed {what} {r.args['id']}", client=r.client, id=r.args["id"])
+        return 200, {"deleted": r.args["id"]}
+    return handler
+
+
+def get_webhooks(app, r):
+    settings = app.store.current.settings
+    return 200, {"receivers": len(settings["WEBHOOK_URL"]), "events": list(settings["WEBHOOK_EVENTS"]), "signed": bool(settings["WEBHOOK_SECRET"]),
+                 "deliveries": app.webhooks.deliveries()}
+
+
+def post_webhook_test(app, r):
+    """Send a test to every receiver and tell what came of it."""
+    ids = app.webhooks.tell({"kind": "test", "at": utc(), "text": f"{r.client} asked for a test"})
+    if not ids:
+        raise Refused(409, "no_webhook", "set WEBHOOK_URL first")
+    mine = lambda: [row for row in app.webhooks.deliveries() if row["id"] in ids]
+    app.poll(r, lambda: all(row["outcome"] != "queued" for row in mine()), 3 * Webhooks.LIMIT_S)
+    if not all(row["outcome"] == "delivered" for row in mine()):
+        raise Refused(502, "not_delivered", "a receiver did not take it", deliveries=mine())
+    return 200, {"deliveries": mine()}
 
 
 def get_swaps(app, r):
-    running = app.swaps.running()
-    return 200, {"running": running.public() if running else None, "recent": [s.public() for s in app.swaps.recent()]}
+    running = app.swaps.book.running
+    return 200, {"running": running.public() if running else None, "recent": [s.public() for s in app.swaps.recent]}
 
 
 def get_swap(app, r):
@@ -3374,10 +4398,6 @@ def get_swap(app, r):
     if not over(swap):
         app.poll(r, lambda: over(app.swaps.get(swap.id)), wait_s)
     return 200, app.swaps.get(swap.id).public()
-
-
-def delete_swap(app, r):
-    return 202, app.swaps.cancel(r.args["id"], r.client).public()
 
 
 def stream_swap(app, r):
@@ -3416,24 +4436,19 @@ def stream_swap(app, r):
             if quiet == 60:
                 quiet = 0
                 send(b": keep-alive\n\n")
-    return 200, run
-
-
-def get_events(app, r):
-    return 200, {"events": app.events.since(r.query.get("since", 0))}
+    return 200, app.parking()(run)
 
 
 def get_settings(app, r):
-    return 200, {"settings": app.store.current.settings.public(), "warnings": list(app.store.current.settings.warnings)}
+    settings = app.store.current.settings
+    return 200, {"settings": settings.public(), "warnings": list(settings.warnings)}
 
 
 def get_v1_models(app, r):
-    cards = []
-    for slot, served in app.views().items():
-        for name in served:
-            model = app.store.current.find(name)
-            cards.append({"id": name, "object": "model", "created": 0, "owned_by": "sparkctl", "slot": slot, "root": model.source if model else name})
-    return 200, {"object": "list", "data": cards}
+    find = app.store.current.find
+    return 200, {"object": "list", "data": [
+        {"id": name, "object": "model", "created": 0, "owned_by": "sparkctl", "slot": slot, "root": getattr(find(name), "source", name)}
+        for slot, served in app.views().items() for name in served]}
 
 
 class Route(NamedTuple):
@@ -3449,22 +4464,37 @@ class Route(NamedTuple):
         return re.fullmatch(pattern, path)
 
 
-WAIT = {"wait": seconds_up_to(86400)}
+WAIT, FORCE = {"wait": number(0, 86400)}, {"force": flag}
+LOCK_BODY = {"holder": line_of(100), "ttl": amount(1, LEASE_MAX_S, "seconds"), "wait": amount(0, 86400, "seconds"), "note": line_of(500)}
 SWAP_BODY = {"model": line_of(200), "slot": line_of(64), "dry_run": boolean, "rollback": boolean, "restart": boolean,
-             "skip_checks": check_names, "note": line_of(500)}
+             "skip_checks": lambda value: tuple(map(choice(*list(CHECKS)[1:]), expect("list", value))), "note": line_of(500),
+             "lock": lambda value: checked(expect("mapping", value), LOCK_BODY, "lock")}
 ROUTES = (
     Route("GET",    "/",                     get_page, open=True),
-    Route("GET",    "/healthz",              get_healthz, open=True),
-    Route("GET",    "/api/state",            get_state, {"since": line_of(80), "wait": seconds_up_to(55)}),
-    Route("GET",    "/api/models",           get_models),
-    Route("GET",    "/api/models/{key}",     get_model),
+    Route("GET",    "/healthz",              lambda app, r: (200, {"status": "ok", "version": VERSION}), open=True),
+    Route("GET",    "/api/state",            get_state, {"since": line_of(80), "wait": number(0, 55)}),
+    Route("GET",    "/api/models",           lambda app, r: (200, {"models": app.models(app.store.current)})),
+    Route("GET",    "/api/models/{key}",     lambda app, r: (200, app.models(app.store.current, known_model(app.store.current, r.args["key"]).key)[0])),
     Route("GET",    "/api/swap",             get_swaps),
-    Route("POST",   "/api/swap",             post_swap, WAIT, SWAP_BODY),
-    Route("GET",    "/api/swap/{id}",        get_swap, {**WAIT, "since": whole}),
-    Route("DELETE", "/api/swap/{id}",        delete_swap),
+    Route("POST",   "/api/swap",             post_swap, WAIT | FORCE, SWAP_BODY),
+    Route("GET",    "/api/swap/lock",        lambda app, r: (200, app.swaps.lock_info())),
+    Route("POST",   "/api/swap/lock",        post_lock, {}, LOCK_BODY),
+    Route("DELETE", "/api/swap/lock",        lambda app, r: (200, {"locked": False, "released": app.swaps.release(**right_of(r))}), FORCE),
+    Route("GET",    "/api/swap/{id}",        get_swap, {**WAIT, "since": number(0, 10**15, int)}),
+    Route("DELETE", "/api/swap/{id}",        lambda app, r: (202, app.swaps.cancel(r.args["id"], **right_of(r)).public()), FORCE),
     Route("GET",    "/api/swap/{id}/stream", stream_swap),
-    Route("POST",   "/api/unload",           post_unload, WAIT, {"slot": line_of(64), "note": line_of(500)}),
-    Route("GET",    "/api/events",           get_events, {"since": whole}),
+    Route("POST",   "/api/unload",           post_unload, WAIT | FORCE, {"slot": line_of(64), "note": line_of(500)}),
+    Route("GET",    "/api/schedule",         lambda app, r: (200, dict(zip(("schedules", "conflicts"), app.schedules.view())))),
+    Route("POST",   "/api/schedule",         post_schedule, {}, {k: v for k, v in SCHEDULE.items() if k != "registered_at"}),
+    Route("DELETE", "/api/schedule/{id}",    delete_entry("schedule")),
+    Route("GET",    "/api/jobs",             lambda app, r: (200, {"jobs": app.jobs.shown()})),
+    Route("POST",   "/api/jobs",             post_job, {}, JOB),
+    Route("DELETE", "/api/jobs/{id}",        delete_entry("job")),
+    Route("GET",    "/api/webhooks",         get_webhooks),
+    Route("POST",   "/api/webhooks/test",    post_webhook_test),
+    Route("POST",   "/api/services/{name}/restart", lambda app, r: (200, {"restarted": r.args["name"], "detail": app.restart(r.args["name"], **right_of(r))}), FORCE),
+    Route("GET",    "/api/health/deep",      lambda app, r: (200, app.health())),
+    Route("GET",    "/api/events",           lambda app, r: (200, {"events": app.events.since(r.query.get("since", 0))}), {"since": number(0, 10**15, int)}),
     Route("GET",    "/api/settings",         get_settings),
     Route("GET",    "/v1/models",            get_v1_models),
 )
@@ -3637,7 +4667,8 @@ class Handler(BaseHTTPRequestHandler):
         def send(data):                         # raises OSError when the client left
             self.connection.sendall(data)
             sent[0] += len(data)
-        content(send)
+        with contextlib.suppress(Refused):      # its subject is gone; the status was sent long ago
+            content(send)
         return status, sent[0]
 
     def proxy(self, app, request):
@@ -3651,18 +4682,20 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(422, "bad_field", "model must be text", field="model")
         deadline = time.monotonic() + config.settings["HOLD_SECONDS"]
         while True:
-            running = app.swaps.running()
+            running = app.swaps.book.running
             slot = route_model(name, config, app.views(), running if running and app.gate.is_held(running.slot) else None)
             eta = running.eta_seconds if running and running.slot == slot.name else None
             left = deadline - time.monotonic()
             too_long = app.gate.is_held(slot.name) and eta is not None and eta > left
-            if too_long or not app.gate.enter(slot.name, max(0.0, left)):
+            with app.parking() if app.gate.is_held(slot.name) else contextlib.nullcontext():
+                entered = not too_long and app.gate.enter(slot.name, max(0.0, left))
+            if not entered:
                 raise Refused(503, "swapping", f"slot {slot.name} is loading another model",
                               {"Retry-After": str(max(1, math.ceil(eta or 10)))}, eta_seconds=eta)
             try:                                # while it was held the slot may have come to serve something else
                 if route_model(name, config, app.views(), None).name != slot.name:
                     continue
-                endpoint = Endpoint(app.hosts.address(slot.hosts[0]), slot.port, config.settings["VLLM_API_KEY"])
+                endpoint = endpoint_of(slot, app.hosts, config.settings)
                 self.connection.settimeout(SEND_S)
                 status, size, complete = relay(self.connection, endpoint, request, [f"X-Request-Id: {request.id}"])
                 self.close_connection |= not complete
@@ -3684,7 +4717,9 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request, client_address):
         if self._slots.acquire(blocking=False):
-            return super().process_request(request, client_address)
+            with contextlib.suppress(RuntimeError):         # the system gives us no more threads
+                return super().process_request(request, client_address)
+            self._slots.release()
         body = to_json(Refused(503, "too_many_connections", f"more than {CONNECTIONS_MAX} connections").body())
         with contextlib.suppress(OSError):
             request.settimeout(1)
@@ -3713,7 +4748,7 @@ class Server(ThreadingHTTPServer):
         log(f"connection of {client_address[0]}: {traceback.format_exc()}")
 
 
-# === 13 demo ==================================================================
+# === 14 demo ==================================================================
 # Two pretended Sparks on this machine and an engine that talks like vLLM, run as real processes by the very same
 # swap code (a command template on `local` hosts). The engine ends when sparkctl does.
 
@@ -3812,7 +4847,7 @@ def demo_engine(port, model, *names):
     return 0
 
 
-# === 14 command line ==========================================================
+# === 15 command line ==========================================================
 
 
 def build_settings(args, environ):

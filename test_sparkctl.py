@@ -9,22 +9,26 @@ import ast
 import base64
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
+import hmac
 import http.client
 import json
 import os
 import pwd
 import random
 import re
-import select
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -121,7 +125,8 @@ class Program:
 
     def journaled(self, phase):
         """Wait until the journal says that the running swap is in that phase; None: that none runs."""
-        until(lambda: (json.loads((self.data / "swap.json").read_text())["running"] or {}).get("phase") == phase, what=f"journal of {phase}")
+        path = self.data / "swap.json"
+        until(lambda: path.exists() and (json.loads(path.read_text())["running"] or {}).get("phase") == phase, what=f"journal of {phase}")
 
     def kill(self, number=signal.SIGKILL):
         self.process.send_signal(number)
@@ -208,7 +213,1130 @@ def errors_of(swap):
     return swap["error"]["code"], swap["error"]["message"], swap["error"]["remedy"]
 
 
-# === 10 monitor ===============================================================
+# === 10 coordination ==========================================================
+
+def token(t):
+    return {"X-Swap-Lock-Token": t}
+
+
+def lock(program, holder="daily-vol", **body):
+    """Take the lock -> what its holder is told."""
+    got = program.post("/api/swap/lock", {"holder": holder, **body})
+    assert got.status == 201, got.body
+    return got.json
+
+
+def kinds(program):
+    return [e["kind"] for e in program.get("/api/events").json["events"]]
+
+
+def background(call, *args, **more):
+    return concurrent.futures.ThreadPoolExecutor(1).submit(call, *args, **more)
+
+
+@contextlib.contextmanager
+def parked(program, path, body, headers=()):
+    """A POST that waits for its answer -> its socket; the client is gone when the block ends."""
+    data = json.dumps(body).encode()
+    with socket.create_connection(("127.0.0.1", program.port), 10) as sock:
+        sock.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n".encode()
+                     + "".join(f"{k}: {v}\r\n" for k, v in dict(headers).items()).encode() + b"\r\n" + data)
+        yield sock
+
+
+def test_a_lock_is_taken_extended_and_given_back_by_its_token_alone(bare):
+    assert bare.get("/api/swap/lock").json == {"locked": False}
+    first = lock(bare, ttl=600, note="vol surface")
+    shown = bare.get("/api/swap/lock").json
+    assert shown["locked"] and (shown["holder"], shown["note"], shown["fence"], shown["queue"]) == ("daily-vol", "vol surface", first["fence"], 0)
+    assert 590 < shown["expires_in"] <= 600 and "token" not in shown and bare.get("/api/state").json["lock"]["holder"] == "daily-vol"
+    refused = bare.post("/api/swap/lock", {"holder": "daily-vol"})
+    assert (refused.status, refused.code) == (409, "lock_held") and 590 <= int(refused.headers["Retry-After"]) <= 600
+    assert refused.json["error"]["holder"] == "daily-vol" and refused.json["error"]["expires_at"] == shown["expires_at"]
+    again = bare.post("/api/swap/lock", {"holder": "daily-vol", "ttl": 1200}, headers=token(first["token"])).json
+    assert (again["token"], again["fence"]) == (first["token"], first["fence"]) and again["expires_in"] > 1190
+    for wrong in ({}, token("0" * 64), token("é")):
+        got = bare.call("DELETE", "/api/swap/lock", headers={k: v.encode() for k, v in wrong.items()})
+        assert (got.status, got.code) == (403, "lock_token_wrong")
+    assert bare.call("DELETE", "/api/swap/lock", headers=token(first["token"])).json == {"locked": False, "released": True}
+    assert bare.call("DELETE", "/api/swap/lock").json == {"locked": False, "released": False}
+    second = lock(bare, "other")
+    assert second["fence"] == first["fence"] + 1 and second["token"] != first["token"] and 890 < second["expires_in"] <= 900
+    assert bare.call("DELETE", "/api/swap/lock", headers=token(first["token"])).status == 403
+    assert bare.call("DELETE", "/api/swap/lock?force=true").status == 200
+    assert kinds(bare)[:6] == ["lock_override", "lock_acquired", "lock_released", "lock_extended", "lock_acquired", "started"]
+    assert "127.0.0.1" in bare.get("/api/events").json["events"][0]["text"]
+
+
+@pytest.mark.parametrize("body,field", [({}, "holder"), ({"holder": ""}, "holder"), ({"holder": "a", "ttl": 0}, "ttl"), ({"holder": "a", "ttl": 86401}, "ttl"),
+                                        ({"holder": "a", "ttl": "900"}, "ttl"), ({"holder": "a", "ttl": True}, "ttl"), ({"holder": "a", "wait": -1}, "wait"),
+                                        ({"holder": "a\nb"}, "holder"), ({"holder": 7}, "holder"), ({"holder": "a", "tll": 5}, "tll")])
+def test_a_wish_for_the_lock_that_makes_no_sense_names_its_field(bare, body, field):
+    got = bare.post("/api/swap/lock", body)
+    assert (got.status, got.json["error"]["field"]) == (422, field) and bare.get("/api/swap/lock").json == {"locked": False}
+
+
+def test_a_lock_ends_on_time_and_its_token_with_it(bare):
+    mine = lock(bare, ttl=1)
+    version = bare.get("/api/state").json["version"]
+    assert bare.get(f"/api/state?since={version}&wait=10").json["lock"] == {"locked": False}    # a parked reader is told
+    assert kinds(bare)[0] == "lock_expired"
+    other = lock(bare, "other", ttl=60)
+    lost = bare.post("/api/swap/lock", {"holder": "daily-vol"}, headers=token(mine["token"]))      # it was not exclusive all the time
+    assert (lost.status, lost.code, lost.json["error"]["holder"]) == (409, "lock_lost", "other")
+    assert other["fence"] == mine["fence"] + 1
+
+
+def test_the_queue_is_served_in_order_and_who_hangs_up_leaves_it(bare):
+    first, waiting = lock(bare, "first"), []
+
+    def queue_is(n):
+        until(lambda: bare.get("/api/swap/lock").json["queue"] == n, what=f"a queue of {n}")
+    for n, name in enumerate(("a", "gone", "b"), 1):
+        if name == "gone":
+            gone = contextlib.ExitStack()
+            gone.enter_context(parked(bare, "/api/swap/lock", {"holder": "gone", "wait": 60}))
+        else:
+            waiting.append(background(lock, bare, name, wait=60))
+        queue_is(n)
+    gone.close()
+    queue_is(2)
+    order = []
+    for _ in waiting:
+        bare.call("DELETE", "/api/swap/lock", headers=token((order[-1] if order else first)["token"]))
+        holder = until(lambda: (got := bare.get("/api/swap/lock").json)["locked"] and got["holder"])
+        order.append(waiting["ab".index(holder)].result(20))
+    assert [o["holder"] for o in order] == ["a", "b"] and order[0]["fence"] < order[1]["fence"]
+    got = bare.post("/api/swap/lock", {"holder": "late", "wait": 0.3})
+    assert (got.status, got.code) == (409, "lock_held") and bare.get("/api/swap/lock").json["queue"] == 0
+
+
+def test_a_lock_given_to_a_client_that_is_gone_is_given_on(bare):
+    first = lock(bare, "first")
+    with parked(bare, "/api/swap/lock", {"holder": "gone", "wait": 60}):
+        until(lambda: bare.get("/api/swap/lock").json["queue"] == 1)
+    bare.call("DELETE", "/api/swap/lock", headers=token(first["token"]))        # most likely before its absence was noticed
+    assert lock(bare, "next", wait=20)["holder"] == "next"
+
+
+def test_who_hangs_up_while_extending_a_lock_keeps_it(bare):
+    mine = lock(bare, ttl=600)
+    for _ in range(5):
+        with parked(bare, "/api/swap/lock", {"holder": "daily-vol", "ttl": 700}, token(mine["token"])):
+            pass
+    until(lambda: kinds(bare).count("lock_extended") == 5)
+    assert bare.get("/api/swap/lock").json["fence"] == mine["fence"]
+
+
+def test_a_lock_whose_answer_was_never_sent_ends_with_the_program(tmp_path):
+    m = manager(tmp_path)
+    m.acquire("unanswered", 600, swap="asked", told=False)
+    assert manager(tmp_path).lock_info() == {"locked": False}
+    told = m.answered(m.book.lease.fence)
+    assert manager(tmp_path).lock_info()["fence"] == told.fence
+
+
+def test_a_lock_survives_a_restart_and_the_fence_grows_on(bare):
+    mine = lock(bare, ttl=600, note="n")
+    before = bare.get("/api/swap/lock").json
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        bare.restart(number)
+        after = bare.get("/api/swap/lock").json
+        assert {k: v for k, v in after.items() if k != "expires_in"} == {k: v for k, v in before.items() if k != "expires_in"}
+    assert bare.post("/api/swap/lock", {"holder": "daily-vol", "ttl": 1}, headers=token(mine["token"])).status == 201
+    bare.kill()
+    time.sleep(1.1)                     # the lease's own length, while sparkctl is not there
+    bare.start()
+    assert bare.get("/api/swap/lock").json == {"locked": False}
+    until(lambda: "lock_expired" in kinds(bare))
+    assert lock(bare)["fence"] == mine["fence"] + 1
+
+
+def test_a_lost_journal_never_makes_the_fence_go_back_nor_an_old_token_good(bare):
+    mine = lock(bare)
+    bare.kill()
+    (bare.data / "swap.json").unlink()
+    bare.start()
+    new = lock(bare)
+    assert new["fence"] > mine["fence"] and new["token"] != mine["token"]
+
+
+@functools.cache
+def store_of(**settings):
+    with tempfile.TemporaryDirectory() as d:
+        Path(d, "models.yaml").write_text(CATALOG.replace("LOCAL", "/data/tuned"))
+        return sc.ConfigStore(sc.parse_settings({"SPARK1_HOST": "local", "SPARK2_HOST": "127.0.0.2", **settings}),
+                              {"models": d + "/models.yaml", "overrides": d + "/none", "services": d + "/none"})
+
+
+def manager(tmp_path, **settings):
+    """A SwapManager in this process whose thread does not run: swaps are begun, and ended by finish()."""
+    store = store_of(**settings)
+    events, warnings = [], []
+    got = sc.SwapManager(str(tmp_path), lambda: store.current, None, sc.Hub(), sc.Gate(), lambda kind, said, **facts: events.append((kind, said, facts)), warnings.append)
+    got.told, got.warnings = events, warnings
+    return got
+
+
+def finish(m, phase="ready"):
+    m._enter("checking")
+    m._conclude(phase, error={"code": "x", "message": "x", "remedy": ""} if phase == "failed" else None) if phase != "ready" else None
+    if phase == "ready":
+        m._enter("draining")
+        m._enter("stopping", touched=True)
+        if m.book.running.model:
+            m._update(plan=sc.Plan(m.book.running.slot, m.book.running.model, (m.book.running.model,), ("spark1",), 1, "c", "b", "", "", "", "", ""))
+            for p in ("launching", "loading", "warming"):
+                m._enter(p)
+        m._conclude("ready", plans={m.book.running.slot: m.book.running.plan})
+
+
+def test_a_wall_clock_that_is_set_neither_shortens_nor_stretches_a_lease(tmp_path, monkeypatch):
+    m, real = manager(tmp_path), time.time
+    m.acquire("a", 600)
+    for jump in (86400, -86400):
+        monkeypatch.setattr(sc.time, "time", lambda: real() + jump)
+        shown = m.lock_info()
+        assert 590 < shown["expires_in"] <= 600
+        assert abs(sc.parse_utc(shown["expires_at"]) - (real() + jump + 600)) < 5       # shown by the clock as it is now
+        later = manager(tmp_path)                                                       # a restart of sparkctl
+        assert 590 < later.lock_info()["expires_in"] <= 600
+    monkeypatch.setattr(sc.time, "time", lambda: real() + 100)
+    monkeypatch.setattr(sc, "boot_id", lambda: "another boot")
+    assert 490 < manager(tmp_path).lock_info()["expires_in"] <= 500                     # a reboot: the wall clock is all there is
+    monkeypatch.setattr(sc.time, "time", lambda: 0.0)                                   # and it may be wrong
+    assert manager(tmp_path).lock_info()["expires_in"] <= sc.LEASE_MAX_S
+
+
+def test_a_lease_counts_for_nothing_from_the_moment_it_is_over(tmp_path):
+    m = manager(tmp_path)
+    old = m.token(m.acquire("a", 0.01).lease)
+    until(lambda: m.book.lease.left() <= 0)
+    assert m.start("main", "alpha").holder is None and m.release(old) is False
+    assert m.acquire("b", 60).lease.fence == 2 and [kind for kind, *_ in m.told if kind.startswith("lock")] == ["lock_acquired", "lock_expired", "lock_acquired"]
+
+
+def test_without_the_token_nothing_that_touches_the_gpu_begins(two):
+    assert two.swap("alpha").status == 200
+    mine = lock(two, ttl=600)
+    for method, path, body in (("POST", "/api/swap?wait=30", {"model": "beta"}), ("POST", "/api/unload", {}), ("POST", "/api/swap", {"model": "alpha", "restart": True})):
+        for headers in ({}, token("0" * 64)):
+            got = two.call(method, path, body, headers)
+            error = got.json["error"]
+            assert (got.status, error["code"], error["holder"]) == (423, "swap_locked", "daily-vol"), got.body
+            assert error["expires_at"] and 590 < error["eta_seconds"] <= 600 and int(got.headers["Retry-After"]) > 590 and "daily-vol" in error["message"]
+    assert two.swap("beta", dry_run=True).json["phase"] == "planned"
+    swap = two.post("/api/swap", {"model": "beta"}, headers=token(mine["token"])).json
+    assert (swap["holder"], swap["forced"]) == ("daily-vol", False)
+    assert two.call("DELETE", f"/api/swap/{swap['id']}").status == 423              # the holder's swap is the holder's to cancel
+    two.call("DELETE", "/api/swap/lock", headers=token(mine["token"]))              # a swap in flight goes on without it
+    assert two.get(f"/api/swap/{swap['id']}?wait=30").json["phase"] == "ready"
+    lock(two, "colleague")
+    forced = two.post("/api/swap?wait=30&force=true", {"model": "alpha"})
+    assert forced.status == 200 and forced.json["forced"] and forced.json["holder"] is None
+    event = next(e for e in two.get("/api/events").json["events"] if e["kind"] == "lock_override")
+    assert (event["client"], event["overridden"], event["swap"]) == ("127.0.0.1", "colleague", forced.json["id"])
+    assert two.get("/api/swap/lock").json["holder"] == "colleague"                  # overriding is not ending
+
+
+def test_the_holders_swap_can_be_cancelled_with_the_token_or_by_force(two):
+    mine = lock(two)
+    for headers, query in ((token(mine["token"]), ""), ({}, "?force=true")):
+        two.rig.behave("spark1", "alpha", load=20)
+        swap = two.post("/api/swap", {"model": "alpha"}, headers=token(mine["token"])).json
+        two.phase("loading")
+        assert two.call("DELETE", f"/api/swap/{swap['id']}{query}", headers=headers).status == 202
+        two.idle()
+    assert "lock_override" in kinds(two)
+
+
+def test_the_token_is_in_no_file_log_event_or_answer_but_the_holders(two):
+    mine = lock(two)
+    two.post("/api/swap?wait=30", {"model": "alpha"}, headers=token(mine["token"]))
+    two.post("/api/swap/lock", {"holder": "x"})
+    two.swap("beta")
+    combined = two.call("DELETE", "/api/swap/lock?force=true") and two.post("/api/swap?wait=30", {"model": "beta", "lock": {"holder": "c"}},
+                                                                           headers={"Idempotency-Key": "k"}).json["lock"]["token"]
+    answers = b"".join(two.get(path).body for path in ("/api/state", "/api/swap", "/api/swap/lock", "/api/events", "/api/jobs", "/api/settings"))
+    kept = b"".join(p.read_bytes() for p in two.data.rglob("*") if p.is_file())
+    secret = (two.data / "lock.secret").read_bytes()
+    assert (two.data / "lock.secret").stat().st_mode & 0o777 == 0o600
+    for word in (mine["token"].encode(), combined.encode(), secret.hex().encode()):
+        assert word not in answers + kept + two.said().encode()
+
+
+def test_a_swap_begins_only_with_the_right_to_whatever_two_hundred_threads_do(tmp_path, monkeypatch):
+    """Each written journal is one decision, in order: a swap that appears in one must have had the right then."""
+    m, docs, write, outcomes = manager(tmp_path), [], sc.write_atomic, []
+    monkeypatch.setattr(sc, "write_atomic", lambda path, data, mode=0o600: docs.append((sc.boot_clock(), json.loads(data))) if path.endswith("swap.json") else None)
+    begin, over = threading.Barrier(201), threading.Event()
+
+    def client(n):
+        dice = random.Random(n)
+        begin.wait(30)
+        while not over.is_set():
+            mine = ""
+            with contextlib.suppress(sc.Refused):
+                if dice.random() < 0.5:
+                    lease = m.acquire(f"h{n}", dice.choice((0.0005, 0.02, 60))).lease
+                    mine = m.token(lease)
+                m.start("main", "alpha", mine, force=dice.random() < 0.05)
+                outcomes.append("started")
+            with contextlib.suppress(sc.Refused):
+                if mine and dice.random() < 0.9:
+                    m.release(mine)
+                elif dice.random() < 0.05:
+                    m.release(force=True)
+    threads = [threading.Thread(target=client, args=(n,), daemon=True) for n in range(200)]
+    for t in threads:
+        t.start()
+    begin.wait(30)
+    for _ in range(60):
+        until(lambda: m.book.running, what="a swap")
+        finish(m, "failed" if random.random() < 0.5 else "cancelled")
+        with m._lock:
+            m.recent = ()              # the breaker is not what is tested
+    over.set()
+    for t in threads:
+        t.join(30)
+    begun = with_token = 0
+    for (_, old), (at, new) in zip(docs, docs[1:]):
+        swap = new["running"]
+        if swap and (not old["running"] or old["running"]["id"] != swap["id"]):
+            begun += 1
+            lease = old["lease"]
+            held = lease is not None and lease["ends"] > at
+            if swap["forced"]:
+                continue
+            assert (swap["fence"] == lease["fence"]) if held else not swap["fence"] or lease["fence"] == swap["fence"], (old, swap)
+            with_token += bool(swap["fence"])
+    fences = [d["lease"]["fence"] for _, d in docs if d["lease"]]
+    assert begun >= 60 and with_token > 5 and fences == sorted(fences) and write is not None
+
+
+# --- lock and swap in one
+
+def combined(program, model="alpha", key=None, holder="daily-vol", **wish):
+    return program.post("/api/swap?wait=60", {"model": model, "lock": {"holder": holder, "ttl": 600, **wish}}, headers={"Idempotency-Key": key} if key else {})
+
+
+def test_one_request_takes_the_lock_swaps_and_tells_the_token(two):
+    got = combined(two)
+    assert got.status == 200 and got.json["phase"] == "ready" and got.json["holder"] == "daily-vol"
+    mine = got.json["lock"]
+    assert two.get("/api/swap/lock").json["fence"] == mine["fence"] and two.swap("beta").status == 423
+    assert two.post("/api/swap?wait=30", {"model": "beta"}, headers=token(mine["token"])).status == 200
+    served = two.post("/api/swap?wait=30", {"model": "beta", "lock": {"holder": "daily-vol"}}, headers=token(mine["token"]))
+    assert served.status == 200 and served.json["already_serving"] and served.json["lock"]["fence"] == mine["fence"]
+    assert two.call("DELETE", "/api/swap/lock", headers=token(mine["token"])).status == 200
+    assert combined(two, "beta").json["lock"]["fence"] == mine["fence"] + 1             # served already: the lock is taken all the same
+    two.restart()
+    assert two.get("/api/swap/lock").json["fence"] == mine["fence"] + 1
+
+
+def test_a_combined_swap_that_fails_rolls_back_gives_the_lock_back_and_answers_then(two):
+    assert two.swap("alpha").status == 200
+    two.rig.behave("spark1", "beta", mode="oom")
+    two.rig.behave("spark1", "alpha", mode="ok", load=2)
+    answer = background(combined, two, "beta")
+    until(lambda: (s := two.running()) and s["rollback_of"] and s["phase"] == "loading")
+    assert two.get("/api/swap/lock").json["holder"] == "daily-vol" and not answer.done()
+    got = answer.result(60)
+    assert got.status == 502 and "lock" not in got.json
+    assert two.running() is None and two.get("/api/swap/lock").json == {"locked": False}
+    assert serves(two)["model"] == "alpha" and two.get(f"/api/swap/{got.json['rollback_id']}").json["phase"] == "ready"
+    assert combined(two, "nope").status == 404 and two.get("/api/swap/lock").json == {"locked": False}
+
+
+def test_a_combined_swap_waits_for_the_one_that_runs_and_others_for_its_lock(two):
+    two.rig.behave("spark1", "alpha", load=1)
+    plain = two.post("/api/swap", {"model": "alpha"}).json["id"]
+    assert combined(two, "beta").code == "swap_running" and two.get("/api/swap/lock").json == {"locked": False}
+    first = background(combined, two, "beta", holder="first", wait=60)
+    until(lambda: two.get("/api/swap/lock").json["locked"])
+    assert combined(two, "fancy", holder="second", wait=0.2).code == "lock_held"
+    assert first.result(60).json["holder"] == "first" and two.get(f"/api/swap/{plain}").json["phase"] == "ready"
+    assert two.idle()[0]["model"] == "beta"
+
+
+def test_a_combined_swap_waits_its_turn_for_the_lock(two):
+    mine = lock(two)
+    waits = background(two.post, "/api/swap?wait=60", {"model": "alpha", "lock": {"holder": "second", "wait": 60}})
+    until(lambda: two.get("/api/swap/lock").json["queue"] == 1)
+    assert two.running() is None
+    two.call("DELETE", "/api/swap/lock", headers=token(mine["token"]))
+    assert waits.result(60).json["holder"] == "second"
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_the_lock_of_a_client_that_vanished_ends_with_its_swap(two, restart):
+    two.rig.behave("spark1", "alpha", load=2)
+    with parked(two, "/api/swap?wait=60", {"model": "alpha", "lock": {"holder": "gone"}}):
+        two.journaled("loading")
+    if restart:
+        two.restart()
+    assert two.get("/api/swap/lock").json["holder"] == "gone"       # its swap is still under way
+    assert two.idle()[0]["phase"] == "ready"
+    until(lambda: two.get("/api/swap/lock").json == {"locked": False}, 5)
+
+
+def test_the_time_of_a_combined_lock_runs_from_its_answer_on(two):
+    two.rig.behave("spark1", "alpha", load=2)
+    plain = two.post("/api/swap", {"model": "alpha"}).json["id"]
+    got = two.post("/api/swap?wait=60", {"model": "beta", "lock": {"holder": "a", "ttl": 1, "wait": 60}})        # both take longer than its ttl
+    assert got.status == 200 and got.json["holder"] == "a" and 0 < got.json["lock"]["expires_in"] <= 1
+    assert two.get(f"/api/swap/{plain}").json["phase"] == "ready"
+    until(lambda: two.get("/api/swap/lock").json == {"locked": False}, 5)
+    for path, body in (("/api/swap", {"model": "alpha"}), ("/api/unload", {}), ("/api/swap/lock", {"holder": "a"}), ("/api/swap", {"model": "alpha", "lock": {"holder": "a"}})):
+        assert two.post(path, body, headers=token(got.json["lock"]["token"])).code == "lock_lost"
+    assert two.post("/api/swap", {"model": "alpha", "lock": {}}).json["error"]["field"] == "holder"
+
+
+def test_a_dry_run_gives_way_to_a_real_swap(two):
+    two.rig.control("spark1", "latency", 2)
+    dry = background(two.swap, "beta", dry_run=True)
+    two.phase("checking")
+    real = two.post("/api/swap", {"model": "alpha"})
+    assert real.status == 202
+    two.rig.clear("spark1", "latency")
+    assert (dry.result(30).status, dry.result(30).json["phase"]) == (409, "cancelled")
+    assert two.get(f"/api/swap/{real.json['id']}?wait=30").json["phase"] == "ready"
+
+
+def test_another_request_with_the_same_key_leaves_nothing_in_the_queue(two):
+    mine = lock(two)
+    first = background(combined, two, key="k", wait=60)
+    until(lambda: two.get("/api/swap/lock").json["queue"] == 1)
+    second = background(combined, two, "beta", key="k", holder="other", wait=60)
+    until(lambda: two.get("/api/swap/lock").json["queue"] == 2)
+    two.call("DELETE", "/api/swap/lock", headers=token(mine["token"]))
+    assert second.result(30).code == "idempotency_mismatch" and first.result(30).status == 200
+    assert two.get("/api/swap/lock").json["queue"] == 0
+
+
+def test_a_client_that_vanished_before_its_swap_began_holds_nothing(two):
+    mine = lock(two)
+    with parked(two, "/api/swap?wait=60", {"model": "alpha", "lock": {"holder": "gone", "wait": 60}}, {"Idempotency-Key": "k"}):
+        until(lambda: two.get("/api/swap/lock").json["queue"] == 1)
+    two.call("DELETE", "/api/swap/lock", headers=token(mine["token"]))
+    until(lambda: two.get("/api/swap/lock").json == {"locked": False}, 10)
+    assert two.get("/api/swap").json["recent"] == []
+
+
+def test_whoever_waits_when_sparkctl_ends_is_told_and_leaves_no_lock(two):
+    two.rig.behave("spark1", "alpha", load=3)
+    plain = two.post("/api/swap", {"model": "alpha"}).json["id"]
+    answer = background(combined, two, "beta", wait=60)
+    until(lambda: two.get("/api/swap/lock").json["locked"])
+    assert two.kill(signal.SIGTERM) == 0
+    assert answer.result(10).status in (409, 503)
+    two.start()
+    assert two.get("/api/swap/lock").json == {"locked": False} and two.get(f"/api/swap/{plain}?wait=30").json["phase"] == "ready"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_lock_of_a_swap_job_outlives_a_restart_and_ends_with_its_swap_though_the_job_was_deleted(two, number):
+    two.rig.behave("spark1", "alpha", load=3)
+    due(two, id="j", kind="swap", model="alpha")
+    two.journaled("loading")
+    assert two.call("DELETE", "/api/jobs/j").status == 200
+    two.restart(number)
+    assert two.get("/api/swap/lock").json["holder"] == "job j" and two.idle()[0]["phase"] == "ready"
+    until(lambda: two.get("/api/swap/lock").json == {"locked": False}, 5)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_the_same_idempotency_key_joins_the_swap_and_is_told_the_same_token_later(two, restart):
+    two.rig.behave("spark1", "alpha", load=2)
+    with parked(two, "/api/swap?wait=60", {"model": "alpha", "lock": {"holder": "daily-vol", "ttl": 600}}, {"Idempotency-Key": "run-7"}):
+        two.journaled("loading")
+        first = two.running()["id"]
+    if restart:
+        two.restart()
+    got = combined(two, key="run-7")
+    assert (got.status, got.json["id"]) == (200, first)
+    two.journaled(None)
+    two.restart()
+    again = combined(two, key="run-7")
+    assert (again.json["id"], again.json["lock"]["token"]) == (first, got.json["lock"]["token"])
+    assert len(launches(two.rig)) == 1
+    assert two.call("DELETE", "/api/swap/lock", headers=token(again.json["lock"]["token"])).status == 200
+    assert "lock" not in combined(two, key="run-7").json            # that one is over; the swap is still the answer
+    other = combined(two, "beta", key="run-7")
+    assert (other.status, other.code) == (422, "idempotency_mismatch")
+
+
+def test_refusals_are_not_kept_under_their_key_and_a_served_model_is(two):
+    mine = lock(two)
+    key = {"Idempotency-Key": "k"}
+    assert two.post("/api/swap?wait=30", {"model": "alpha"}, headers=key).status == 423
+    two.call("DELETE", "/api/swap/lock", headers=token(mine["token"]))
+    first = two.post("/api/swap?wait=30", {"model": "alpha"}, headers=key)
+    assert first.status == 200
+    served = two.post("/api/swap?wait=30", {"model": "alpha"}, headers={"Idempotency-Key": "other"})
+    assert served.json["already_serving"]
+    assert two.swap("beta").status == 200
+    assert two.post("/api/swap?wait=30", {"model": "alpha"}, headers={"Idempotency-Key": "other"}).json["already_serving"]
+    assert two.post("/api/swap?wait=30", {"model": "alpha"}, headers=key).json["id"] == first.json["id"]
+    assert serves(two)["model"] == "beta"
+    assert two.post("/api/swap", {"model": "alpha"}, headers={"Idempotency-Key": ""}).status == 400
+
+
+def test_a_key_is_good_for_a_day(tmp_path, monkeypatch):
+    m, real, key = manager(tmp_path), time.time, ("k", "hash")
+    first = m.start("main", "alpha", key=key)
+    finish(m, "cancelled")
+    with pytest.raises(sc.Answered):
+        m.start("main", "alpha", key=key)
+    monkeypatch.setattr(sc.time, "time", lambda: real() + 86401)
+    assert m.start("main", "alpha", key=key).id != first.id
+
+
+def test_a_swap_that_a_key_names_outlives_the_fifty_that_are_kept(tmp_path):
+    m = manager(tmp_path)
+    named = m.start("main", "alpha", key=("k", "hash"))
+    finish(m, "cancelled")
+    for _ in range(m.KEEP + 5):
+        m.start("main", "alpha")
+        finish(m, "cancelled")
+    for m in (m, manager(tmp_path)):
+        assert m.get(named.id).phase == "cancelled" and len(m.recent) == m.KEEP + 1
+        assert m.answer_to(("k", "hash"))["swap"] == named.id
+
+
+# --- who may be told no
+
+def test_a_model_that_failed_to_load_three_times_in_an_hour_is_refused_unless_forced(two):
+    two.rig.behave("spark1", "alpha", mode="oom")
+    ids = [two.swap("alpha").json["id"] for _ in range(3)]
+    got = two.swap("alpha")
+    assert (got.status, got.code) == (409, "model_failing") and [f["swap"] for f in got.json["error"]["failures"]] == ids[::-1]
+    assert "out of" in got.json["error"]["failures"][0]["message"].lower() and got.json["error"]["failures"][0]["remedy"] and int(got.headers["Retry-After"]) > 3000
+    assert two.swap("alpha", dry_run=True).status == 200 and two.swap("beta").status == 200
+    two.journaled(None)
+    two.restart()
+    assert two.swap("alpha").code == "model_failing"                                    # a restart forgets nothing
+    two.rig.behave("spark1", "alpha", mode="ok")
+    forced = two.post("/api/swap?wait=60&force=true", {"model": "alpha"})
+    assert forced.status == 200 and forced.json["forced"]
+    assert two.swap("beta").status == 200 and two.swap("alpha").status == 200           # it loaded: the count begins anew
+
+
+def test_only_failed_loads_within_the_hour_count_for_the_breaker():
+    def swap(n, phase="failed", ago=60, last="loading", model="m", **more):
+        at = sc.utc(time.time() - ago)
+        return sc.Swap(str(n), "main", model, phase=phase, phases=((last, at, 1.0), (phase, at, 0.0)), ended_at=at, error={"code": "x", "message": "x"}, touched=True, **more)
+    count = lambda *swaps: len(sc.recent_failures(swaps, "m", time.time()))
+    assert count(swap(1), swap(2), swap(3)) == 3
+    assert count(swap(1), swap(2, ago=3700), swap(3, model="other"), swap(4, last="checking"), swap(5, "cancelled")) == 1
+    assert count(swap(1), swap(2, "ready"), swap(3)) == 1
+
+
+def test_an_automatic_swap_may_not_evict_what_just_came_and_people_may(tmp_path):
+    m = manager(tmp_path)
+    m.start("main", "alpha")
+    finish(m)
+    with pytest.raises(sc.Refused) as refused:
+        m.start("main", "beta", automatic=True)
+    assert (refused.value.status, refused.value.code) == (409, "serving_too_short") and 100 < int(refused.value.headers["Retry-After"]) <= 120
+    m.start("main", "beta")
+    finish(m)
+    m.start("main", None)
+    finish(m)
+    m.start("main", "alpha", automatic=True)                # nothing is evicted
+    finish(m)
+    patient = manager(tmp_path, MIN_SERVING_SECONDS="0")
+    patient.start("main", "beta", automatic=True)
+
+
+# --- webhooks
+
+class Receiver(threading.Thread):
+    """A webhook receiver of a few lines: checks the signature, keeps what came."""
+
+    def __init__(self, status=200, delay=0.0, secret=b"s3cret", headers="", context=None):
+        super().__init__(daemon=True)
+        self.sock, self.status, self.delay, self.secret, self.headers, self.context, self.got, self.bad = \
+            socket.create_server(("127.0.0.1", 0)), status, delay, secret, headers, context, [], []
+        self.url = f"http{'s' if context else ''}://127.0.0.1:{self.sock.getsockname()[1]}"
+        self.start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                c, _ = self.sock.accept()
+                threading.Thread(target=self.one, args=(c,), daemon=True).start()
+
+    def one(self, c):
+        with contextlib.suppress(OSError), c:
+            c = self.context.wrap_socket(c, server_side=True) if self.context else c
+            f = c.makefile("rb")
+            first, headers = f.readline().decode(), http.client.parse_headers(f)
+            body = f.read(int(headers["Content-Length"]))
+            if headers["X-Spark-Signature"] != "sha256=" + hmac.new(self.secret, body, hashlib.sha256).hexdigest():
+                self.bad.append(headers.items())
+            self.got.append((first, headers, json.loads(body)))
+            time.sleep(self.delay)
+            c.sendall(f"HTTP/1.1 {self.status} X\r\nContent-Length: 0\r\n{self.headers}\r\n".encode())
+
+
+def hooked(rig, start, tmp_path, urls, **env):
+    p = start(rig_env(rig, tmp_path, WEBHOOK_URL=",".join(urls), WEBHOOK_SECRET="s3cret", **env),
+              args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    p.rig = rig
+    return p
+
+
+def test_every_receiver_is_told_of_a_swaps_end_with_a_signature_that_an_independent_program_can_check(rig, start, tmp_path):
+    a, b = Receiver(), Receiver()
+    p = hooked(rig, start, tmp_path, [a.url + "/hook?x=1", b.url])
+    assert p.swap("alpha", dry_run=True).status == 200 and p.swap("alpha", note="for the demo").status == 200
+    rig.behave("spark1", "beta", mode="oom")
+    mine = lock(p)
+    failed = p.post("/api/swap?wait=60", {"model": "beta"}, headers=token(mine["token"])).json
+    p.idle()
+    until(lambda: len(a.got) == 3 and len(b.got) == 3)
+    assert not a.bad and not b.bad
+    first, headers, told = a.got[0]
+    assert first == "POST /hook?x=1 HTTP/1.1\r\n" and headers["X-Spark-Event"] == "swap_complete" and re.fullmatch(r"[0-9a-f]{16}", headers["X-Spark-Delivery"])
+    assert (told["event"], told["slot"], told["model"], told["from_model"], told["error"], told["holder"], told["forced"], told["note"]) == (
+        "swap_complete", "main", "alpha", None, None, None, False, "for the demo")
+    assert [x["phase"] for x in told["phases"]][-1] == "ready" and all(x["seconds"] is not None for x in told["phases"]) and told["started"] < told["finished"]
+    told = a.got[1][2]
+    assert (told["event"], told["id"], told["from_model"], told["holder"], told["error"]["code"]) == ("swap_failed", failed["id"], "alpha", "daily-vol", "out_of_memory")
+    assert a.got[2][2]["rollback_of"] == failed["id"]
+    rows = until(lambda: (r := p.get("/api/webhooks").json["deliveries"]) and all(x["outcome"] == "delivered" for x in r) and r)
+    assert len(rows) == 6 and rows[0]["status"] == 200 and rows[0]["seconds"] is not None and all("hook" not in x["to"] for x in rows)
+    assert "s3cret" not in json.dumps(p.get("/api/state").json) + p.said() and a.url not in json.dumps(p.get("/api/settings").json)
+
+
+def test_a_dead_a_slow_and_a_redirecting_receiver_delay_nothing_and_are_told_apart(rig, start, tmp_path):
+    trap, slow = Receiver(), Receiver(delay=30)
+    away, good = Receiver(status=302, headers=f"Location: {trap.url}\r\n"), Receiver()
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        dead = f"http://127.0.0.1:{s.getsockname()[1]}"
+    p = hooked(rig, start, tmp_path, [slow.url, dead, away.url, good.url], WEBHOOK_EVENTS="lock_*")
+    for _ in range(3):
+        mine = lock(p)
+        p.call("DELETE", "/api/swap/lock", headers=token(mine["token"]))
+    until(lambda: len(good.got) == 6)
+    assert [told["event"] for _, _, told in good.got] == ["lock_acquired", "lock_released"] * 3 and len(slow.got) == 1
+    assert good.got[0][2]["holder"] == "daily-vol" and "token" not in json.dumps([told for *_, told in good.got])
+    rows = until(lambda: (r := p.get("/api/webhooks").json["deliveries"]) and any(x["outcome"] == "failed" and "within" in x["detail"] for x in r) and r)
+    outcome = {url: {x["outcome"] for x in rows if x["to"] == url} for url in (dead, away.url, good.url)}
+    assert outcome == {dead: {"failed"}, away.url: {"refused"}, good.url: {"delivered"}} and trap.got == []
+    assert p.swap("alpha").status == 200 and len(good.got) == 6             # nobody asked for swaps here
+
+
+def test_a_listener_that_fails_does_not_hurt_who_tells(tmp_path):
+    events = sc.Events(str(tmp_path / "events.jsonl"), sc.Hub())
+    heard = []
+    events.listeners += [lambda event, payload: 1 / 0, lambda event, payload: heard.append(event["kind"])]
+    events.add("x", "y")
+    assert heard == ["x"] and [e["kind"] for e in events.since(0)] == ["x"]
+    hooks = sc.Webhooks(lambda: sc.parse_settings({"WEBHOOK_EVENTS": "*"}), sc.Hub())
+    assert hooks.wants("lock_acquired") and not hooks.wants("dry_run")
+
+
+def test_a_receiver_that_drips_its_answer_is_cut_off(monkeypatch):
+    monkeypatch.setattr(sc.Webhooks, "LIMIT_S", 0.3)
+
+    class Dripping(Receiver):
+        def one(self, c):
+            with contextlib.suppress(OSError), c:
+                for n in range(200):
+                    c.sendall(b" " if n else b"HTTP/1.1")
+                    time.sleep(0.1)
+    hooks = sc.Webhooks(lambda: sc.parse_settings({"WEBHOOK_URL": Dripping().url}), sc.Hub())
+    hooks.tell({"kind": "test", "at": sc.utc()})
+    until(lambda: hooks.deliveries()[0]["outcome"] == "failed", 5)
+
+
+def test_a_receiver_that_never_catches_up_has_a_bounded_queue(tmp_path, monkeypatch):
+    monkeypatch.setattr(sc.Webhooks, "QUEUE", 3)
+    slow = Receiver(delay=30)
+    hooks = sc.Webhooks(lambda: sc.parse_settings({"WEBHOOK_URL": slow.url, "WEBHOOK_EVENTS": "*"}), sc.Hub())
+    for _ in range(10):
+        hooks.tell({"kind": "x", "at": sc.utc()})
+    assert [row["outcome"] for row in hooks.deliveries()].count("dropped") >= 6
+
+
+def test_a_test_webhook_can_be_sent_and_says_what_came_of_it(start, tmp_path):
+    (tmp_path / "none.yaml").touch()
+    args, r = ("--models", str(tmp_path / "none.yaml"), "--services", str(tmp_path / "none.yaml")), Receiver()
+    p = start(args=args)
+    assert p.post("/api/webhooks/test").code == "no_webhook"
+    p.kill()
+    p.env = {"WEBHOOK_URL": f"ftp://x,{r.url}", "WEBHOOK_SECRET": "s3cret"}
+    assert "WEBHOOK_URL: its value" in p.start().get("/api/state").json["warnings"][0]
+    p.kill()
+    p.env = {"WEBHOOK_URL": r.url, "WEBHOOK_SECRET": "s3cret"}
+    got = p.start().post("/api/webhooks/test")
+    assert got.status == 200 and got.json["deliveries"][0]["outcome"] == "delivered" and r.got[0][2]["event"] == "test" and not r.bad
+    r.status = 500
+    assert p.post("/api/webhooks/test").code == "not_delivered"
+
+
+def test_a_receiver_whose_certificate_nobody_vouches_for_is_told_nothing(start, tmp_path):
+    need(shutil.which("openssl"), "openssl")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(tmp_path / "k"), "-out", str(tmp_path / "c"), "-days", "2",
+                    "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True, timeout=60)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "c", tmp_path / "k")
+    r = Receiver(context=context)
+    p = start({"WEBHOOK_URL": r.url, "WEBHOOK_SECRET": "s3cret"}, args=("--demo",), wait=False)
+    p.kill()
+    p.args = ("--models", str(tmp_path / "none.yaml"), "--services", str(tmp_path / "none.yaml"))
+    (tmp_path / "none.yaml").touch()
+    row = p.start().post("/api/webhooks/test").json["error"]["deliveries"][0]
+    assert row["outcome"] == "failed" and "CERTIFICATE" in row["detail"] and r.got == []
+    p.kill()
+    p.env["SSL_CERT_FILE"] = str(tmp_path / "c")
+    assert p.start().post("/api/webhooks/test").status == 200 and len(r.got) == 1
+
+
+# --- cron
+
+@pytest.fixture
+def zone(monkeypatch):
+    def go(name):
+        monkeypatch.setenv("TZ", name)
+        time.tzset()
+    yield go
+    monkeypatch.undo()
+    time.tzset()
+
+
+def runs(expression, after, count=3):
+    """The next local times of a cron expression, with the offset from UTC."""
+    cron, at, out = sc.parse_cron(expression), datetime.fromisoformat(after).timestamp(), []
+    for _ in range(count):
+        at = sc.next_run(cron, at)
+        out.append(datetime.fromtimestamp(at).astimezone().isoformat())
+    return out
+
+
+BERLIN = "CET-1CEST,M3.5.0,M10.5.0/3"
+
+
+@pytest.mark.parametrize("expression,after,expected", [
+    ("0 6 * * *", "2026-11-23T05:59:59", ["2026-11-23T06:00", "2026-11-24T06:00", "2026-11-25T06:00"]),
+    ("*/20 9-10 * * mon-fri", "2026-11-20T10:20:00", ["2026-11-20T10:40", "2026-11-23T09:00", "2026-11-23T09:20"]),
+    ("0 0 29 2 *", "2026-01-01T00:00:00", ["2028-02-29T00:00", "2032-02-29T00:00", "2036-02-29T00:00"]),
+    ("30 4 1,15 * 5", "2026-11-01T05:00:00", ["2026-11-06T04:30", "2026-11-13T04:30", "2026-11-15T04:30"]),        # either day field
+    ("0 12 */10 * 7", "2026-11-01T13:00:00", ["2027-01-31T12:00", "2027-02-21T12:00", "2027-03-21T12:00"]),         # a * makes it both
+    ("@weekly", "2026-11-23T00:00:00", ["2026-11-29T00:00", "2026-12-06T00:00", "2026-12-13T00:00"]),
+    ("0 0 1 JAN,jul *", "2026-11-23T00:00:00", ["2027-01-01T00:00", "2027-07-01T00:00", "2028-01-01T00:00"]),
+    ("5-10/5 0 31 * *", "2026-10-31T00:05:00", ["2026-10-31T00:10", "2026-12-31T00:05", "2026-12-31T00:10"]),
+    # spring: 02:00 becomes 03:00 on 2027-03-28; autumn: 03:00 becomes 02:00 on 2026-10-25
+    ("30 2 * * *", "2027-03-27T12:00:00", ["2027-03-28T03:00+02:00", "2027-03-29T02:30+02:00", "2027-03-30T02:30+02:00"]),
+    ("*/30 * * * *", "2027-03-28T01:15:00", ["2027-03-28T01:30+01:00", "2027-03-28T03:00+02:00", "2027-03-28T03:30+02:00"]),
+    ("30 2 * * *", "2026-10-24T12:00:00", ["2026-10-25T02:30+02:00", "2026-10-26T02:30+01:00", "2026-10-27T02:30+01:00"]),
+    ("30 * * * *", "2026-10-25T01:45:00", ["2026-10-25T02:30+02:00", "2026-10-25T02:30+01:00", "2026-10-25T03:30+01:00"]),
+    ("0 3 * * *", "2026-10-25T00:00:00", ["2026-10-25T03:00+01:00", "2026-10-26T03:00+01:00", "2026-10-27T03:00+01:00"]),
+])
+def test_the_next_runs_of_a_cron_expression_are_what_cron_would_do(zone, expression, after, expected):
+    zone(BERLIN)
+    got = runs(expression, after)
+    assert [g[:16] + g[19:] if "+" in e else g[:16] for g, e in zip(got, expected)] == expected
+
+
+@pytest.mark.parametrize("tz,expression,after,expected", [
+    ("<+1030>-10:30<+11>-11,M10.1.0,M4.1.0", "15 2 * * *", "2026-10-03T12:00:00", "2026-10-04T02:30:00+11:00"),     # Lord Howe: half an hour
+    ("CST5CDT,M3.2.0/0,M11.1.0/1", "@daily", "2026-03-07T12:00:00", "2026-03-08T01:00:00-04:00"),                   # Havana: midnight is skipped
+    ("CST5CDT,M3.2.0/0,M11.1.0/1", "@daily", "2026-10-31T12:00:00", "2026-11-01T00:00:00-04:00"),                   # and comes twice
+])
+def test_half_hour_changes_and_a_skipped_midnight_lose_no_run(zone, tz, expression, after, expected):
+    zone(tz)
+    assert datetime.fromtimestamp(sc.next_run(sc.parse_cron(expression), datetime.fromisoformat(after).timestamp())).astimezone().isoformat() == expected
+
+
+def test_random_cron_expressions_agree_with_a_walk_through_every_minute(zone):
+    """The oracle steps through real time minute by minute and compares each field as crontab(5) words it."""
+    zone("UTC")
+    dice = random.Random(5)
+
+    def field(low, high):
+        a, b = sorted((dice.randint(low, high), dice.randint(low, high)))
+        return dice.choice(["*", f"*/{dice.randint(1, high)}", str(a), f"{a}-{b}", f"{a}-{b}/{dice.randint(1, 5)}", f"{a},{b}"])
+
+    def allows(text, low, high, value, also=None):
+        for part in text.split(","):
+            base, _, step = part.partition("/")
+            a, b = (low, high) if base == "*" else (int(base.split("-")[0]), int(base.split("-")[-1]))
+            if any(a <= v <= b and (v - a) % int(step or 1) == 0 for v in {value, value if also is None else also}):
+                return True
+        return False
+    compared = 0
+    while compared < 150:
+        f = [field(0, 59), field(0, 23), field(1, 31), field(1, 12), field(0, 7)]
+        at = 60 * dice.randint(29_000_000, 30_000_000)
+        try:
+            got = sc.next_run(sc.parse_cron(" ".join(f)), at)
+        except ValueError:
+            continue
+        for t in range(at + 60, at + 60 * 24 * 60 * 3, 60):
+            w = time.gmtime(t)
+            days = allows(f[2], 1, 31, w.tm_mday), allows(f[4], 0, 7, (w.tm_wday + 1) % 7, 7 if w.tm_wday == 6 else None)
+            day = any(days) if f[2][0] != "*" and f[4][0] != "*" else all(days)
+            if allows(f[0], 0, 59, w.tm_min) and allows(f[1], 0, 23, w.tm_hour) and allows(f[3], 1, 12, w.tm_mon) and day:
+                assert got == t, f
+                break
+        else:
+            assert got is None or got > at + 60 * 24 * 60 * 3 - 60, f
+        compared += 1
+
+
+@pytest.mark.parametrize("expression", ["", "* * * *", "* * * * * *", "60 * * * *", "* 24 * * *", "* * 0 * *", "* * 32 * *", "* * * 13 *", "* * * * 8", "*/0 * * * *",
+                                        "5/10 * * * *", "10-5 * * * *", "a * * * *", "* * * foo *", "1,,2 * * * *", "-5 * * * *", "@reboot", "0 0 30 2 *", "0 0 31 4,6 *", "٣ * * * *", "1" * 500])
+def test_what_is_no_cron_expression_is_refused(bare, expression):
+    with pytest.raises(ValueError):
+        sc.cron_text(expression)
+    got = bare.post("/api/schedule", {"id": "x", "cron": expression})
+    assert (got.status, got.json["error"]["field"]) == (422, "cron") and bare.get("/api/schedule").json["schedules"] == []
+
+
+# --- schedules and jobs
+
+def test_schedules_are_kept_shown_replaced_and_never_run(bare):
+    entry = {"id": "daily-vol.1", "name": "Vol surface", "cron": "0 6 * * 1-5", "model": "m", "duration_minutes": 30, "owner": "quant", "note": "<b>x</b>"}
+    got = bare.post("/api/schedule", entry)
+    assert got.status == 201 and {k: got.json[k] for k in entry} == entry and got.json["next_run"].endswith("00.000Z") and got.json["late"] is False
+    bare.post("/api/schedule", {"id": "given", "next_run": "2030-01-01T06:00:00+01:00"})
+    bare.restart()
+    rows = {row["id"]: row for row in bare.get("/api/schedule").json["schedules"]}
+    assert rows["given"]["next_run"] == "2030-01-01T05:00:00.000Z" and rows["daily-vol.1"]["note"] == "<b>x</b>"
+    assert bare.post("/api/schedule", {"id": "given", "cron": "@daily", "last_run": "2026-01-01T00:00:00Z", "last_status": "ok", "runs": 7}).status == 200
+    row = next(row for row in bare.get("/api/state").json["schedules"] if row["id"] == "given")
+    assert (row["runs"], row["last_status"]) == (7, "ok")
+    assert bare.call("DELETE", "/api/schedule/given").status == 200
+    got = bare.call("DELETE", "/api/schedule/daily-vol")
+    assert (got.status, got.code, got.json["error"]["nearest"]) == (404, "unknown_schedule", "daily-vol.1")
+
+
+@pytest.mark.parametrize("body,field", [({}, "id"), ({"id": "a b"}, "id"), ({"id": "x" * 65}, "id"), ({"id": "../x"}, "id"), ({"id": "x", "next_run": "tomorrow"}, "next_run"),
+                                        ({"id": "x", "next_run": "2026-01-01T00:00:00"}, "next_run"), ({"id": "x", "duration_minutes": "5"}, "duration_minutes"),
+                                        ({"id": "x", "runs": [1]}, "runs"), ({"id": "x", "last_run": "2026-01-31\n06:00:00Z"}, "last_run"),
+                                        ({"id": "x", "last_run": "0001-01-01T00:00:00+14:00"}, "last_run"), ({"id": "x", "note": "a\u2028b"}, "note"), ({"id": "x", "command": "rm -rf"}, "command"), ({"id": "x", "note": "n" * 501}, "note")])
+def test_a_bad_schedule_names_its_field(bare, body, field):
+    got = bare.post("/api/schedule", body)
+    assert (got.status, got.json["error"]["field"]) == (422, field)
+
+
+def test_a_schedule_whose_run_was_not_reported_is_late():
+    now = sc.parse_utc("2026-11-23T12:00:00Z")
+    due = lambda **entry: sc.schedule_due({"registered_at": "2026-11-01T00:00:00Z", **entry}, now)
+    hourly, at = {"cron": "0 * * * *"}, sc.parse_utc
+    assert due(**hourly) == (at("2026-11-23T13:00:00Z"), False)                                         # it never reports: nobody can tell
+    assert due(**hourly, last_run="2026-11-23T12:00:00Z")[1] is False and due(**hourly, last_run="2026-11-23T11:00:20Z")[1] is False
+    assert due(**hourly, last_run="2026-11-23T10:00:20Z") == (at("2026-11-23T13:00:00Z"), True)
+    assert due(next_run="2026-11-23T11:50:00Z") == (at("2026-11-23T11:50:00Z"), True) and due(next_run="2026-11-23T11:58:00Z")[1] is False
+    assert due(next_run="2026-11-23T11:50:00Z", last_run="2026-11-23T11:51:00Z")[1] is False and due() == (None, False)
+
+
+def test_conflicts_are_found_among_many_and_each_pair_is_told_once():
+    day = 86400
+    wishes = [(f"s{n % 200}", "main", f"m{n % 200 // 20}", n, n + 7 * day) for n in range(20_000)]
+    assert len(sc.find_conflicts(wishes)) >= 50
+    same = [(f"s{n % 50}", "main", "m", n, n + day) for n in range(5_000)]
+    assert sc.find_conflicts(same) == []
+    twice = sc.find_conflicts([("a", "main", "x", 0, 60), ("b", "main", "y", 30, 90), ("a", "main", "x", 100, 160), ("b", "main", "y", 130, 190), ("c", "other", "z", 0, 500)])
+    assert [c["ids"] for c in twice] == [["a", "b"]] and twice[0]["at"] == sc.utc(30)
+
+
+def test_two_jobs_that_want_different_models_at_once_are_marked(two):
+    two.post("/api/schedule", {"id": "vol", "cron": "0 6 * * *", "model": "alpha", "duration_minutes": 30})
+    two.post("/api/schedule", {"id": "same", "cron": "10 6 * * *", "model": "alpha"})
+    two.post("/api/schedule", {"id": "after", "cron": "30 6 * * *", "model": "beta"})
+    assert two.get("/api/schedule").json["conflicts"] == []
+    two.post("/api/jobs", {"id": "mine", "kind": "swap", "model": "beta", "cron": "15 6 * * *"})
+    got = two.get("/api/schedule").json
+    assert [c["ids"] for c in got["conflicts"]] == [["vol", "job mine"]] and "two jobs want different models at 06:15" in got["conflicts"][0]["text"]
+    assert [bool(row["conflicts"]) for row in got["schedules"]] == [True, False, False]
+    two.post("/api/jobs", {"id": "mine", "kind": "swap", "model": "beta", "cron": "15 6 * * *", "enabled": False})
+    assert two.get("/api/state").json["conflicts"] == []
+
+
+@pytest.mark.parametrize("body,status,words", [
+    ({"id": "x", "kind": "swap", "cron": "@daily"}, 422, "model is needed"), ({"id": "x", "kind": "dance", "cron": "@daily"}, 422, "one of swap"),
+    ({"id": "x", "kind": "swap", "cron": "@daily", "model": "alpa"}, 404, "alpha"), ({"id": "x", "kind": "restart", "cron": "@daily", "service": "nope"}, 404, "no service"),
+    ({"id": "x", "kind": "health"}, 422, "cron is needed"), ({"kind": "health", "cron": "@daily"}, 422, "id is needed"), ({"id": "x", "kind": "swap", "cron": "@daily", "model": "alpha", "slot": "third"}, 404, "no slot"),
+])
+def test_a_bad_job_is_refused_in_words(two, body, status, words):
+    got = two.post("/api/jobs", body)
+    assert got.status == status and words in got.json["error"]["message"] and two.get("/api/jobs").json == {"jobs": []}
+
+
+def due(program, ago=5, **job):
+    """Stop the program, make the job due so long ago, and start it again."""
+    program.journaled(None) if (program.data / "swap.json").exists() else None
+    program.kill()
+    path = program.data / "jobs.json"
+    entries = json.loads(path.read_text())["entries"] if path.exists() else {}
+    entries[job["id"]] = {"cron": "@yearly", **entries.get(job["id"], {}), **job, "runs": [], "due": time.time() - ago}
+    path.write_text(json.dumps({"entries": entries}))
+    program.start()
+
+
+def ran(program, key, seconds=30):
+    """Wait for the end of the job's last run -> that run."""
+    job = lambda: next(j for j in program.get("/api/jobs").json["jobs"] if j["id"] == key)
+    return until(lambda: (j := job())["runs"] and not j["running"] and j["runs"][0]["outcome"] != "running" and j["runs"][0], seconds, "the end of the job")
+
+
+def test_a_swap_job_takes_the_lock_swaps_and_gives_it_back(two):
+    due(two, id="morning", kind="swap", model="alpha", note="for the desk")
+    run = ran(two, "morning")
+    assert run["outcome"] == "ok" and "alpha serves" in run["detail"]
+    swap = two.get(f"/api/swap/{run['swap']}").json
+    assert (swap["phase"], swap["holder"], swap["note"], swap["automatic"]) == ("ready", "job morning", "for the desk", True)
+    assert two.get("/api/swap/lock").json == {"locked": False}
+    due(two, id="morning")
+    assert "served already" in ran(two, "morning")["detail"] and two.get("/api/swap/lock").json == {"locked": False}
+    job = two.get("/api/jobs").json["jobs"][0]
+    assert job["next_run"].endswith("-01-01T00:00:00.000Z") and {"job_ok", "swap_complete"} <= set(kinds(two))
+
+
+def test_a_job_waits_for_the_lock_and_for_the_least_time_of_serving_like_anyone_else(two):
+    mine = lock(two, ttl=600)
+    due(two, id="j", kind="swap", model="alpha", wait=0.5)
+    run = ran(two, "j")
+    assert run["outcome"] == "failed" and "daily-vol holds the lock" in run["detail"]
+    due(two, id="j", kind="swap", model="alpha", wait=60)
+    until(lambda: two.get("/api/swap/lock").json["queue"] == 1)
+    two.call("DELETE", "/api/swap/lock", headers=token(mine["token"]))
+    assert ran(two, "j")["outcome"] == "ok"
+    due(two, id="j", kind="swap", model="beta", wait=0)
+    run = ran(two, "j")
+    assert run["outcome"] == "failed" and "MIN_SERVING_SECONDS" in run["detail"] and serves(two)["model"] == "alpha"
+
+
+def test_a_swap_job_goes_on_across_a_restart_and_another_is_told_interrupted(two):
+    two.rig.behave("spark1", "alpha", load=3)
+    due(two, id="j", kind="swap", model="alpha")
+    two.journaled("loading")
+    two.restart()
+    assert ran(two, "j")["outcome"] == "ok" and two.get("/api/swap/lock").json == {"locked": False}
+    two.rig.behave("spark1", "alpha", warm_delay=30)
+    due(two, id="w", kind="warm", model="alpha")
+    until(lambda: next(j for j in two.get("/api/jobs").json["jobs"] if j["id"] == "w")["running"])
+    two.restart()
+    assert ran(two, "w")["outcome"] == "interrupted"
+
+
+def test_warm_and_health_ask_the_engine_and_say_what_is_wrong(two):
+    for kind, extra in (("warm", {"model": "alpha"}), ("health", {})):
+        due(two, id=kind, kind=kind, **extra)
+        assert (ran(two, kind)["outcome"]) == ("failed" if kind == "warm" else "ok")
+    assert two.swap("alpha").status == 200
+    due(two, id="warm")
+    assert ran(two, "warm")["outcome"] == "ok" and "alpha answered" in ran(two, "warm")["detail"]
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    Path(two.dir / "services.yaml").write_text(f"services: {{side: {{kind: http, host: spark2, port: {port}, health: /up}}, off: {{kind: http, host: spark2, port: 1}}}}")
+    two.env["DISABLED_SERVICES"] = "off"
+    due(two, id="health")
+    run = ran(two, "health")
+    assert run["outcome"] == "failed" and run["detail"] == "side: no answer"
+    rows = {row["name"]: row for row in two.get("/api/health/deep").json["services"]}
+    assert set(rows) == {"main", "side"} and rows["main"]["ok"] and not rows["side"]["ok"]
+
+
+def test_a_restart_job_restarts_the_services_container_as_its_own_user(two):
+    two.rig.sh("spark2", "docker run -d --name asr busybox sleep infinity")
+    Path(two.dir / "services.yaml").write_text("services: {asr: {kind: asr, host: spark2, port: 8000, container: asr}, bare: {kind: http, host: spark2, port: 1}, "
+                                               "main-vllm: {kind: vllm, host: spark1, port: 1, container: vllm_node}}")
+    due(two, id="r", kind="restart", service="asr")
+    assert ran(two, "r")["outcome"] == "ok" and "asr on spark2 was restarted" in ran(two, "r")["detail"]
+    assert any(c["argv"][:2] == ["docker", "restart"] or "docker restart" in str(c) for c in two.rig.calls("spark2"))
+    for name, status, code in (("bare", 409, "no_container"), ("main-vllm", 409, "slot_engine"), ("asd", 404, "unknown_service")):
+        got = two.post(f"/api/services/{name}/restart")
+        assert (got.status, got.code) == (status, code)
+    mine = lock(two)
+    assert two.post("/api/services/asr/restart").code == "swap_locked" and two.post("/api/services/asr/restart?force=true").status == 200
+    assert two.post("/api/services/asr/restart", headers=token(mine["token"])).status == 200
+    two.call("DELETE", "/api/swap/lock", headers=token(mine["token"]))
+    two.post("/api/swap", {"model": "alpha"})
+    assert two.post("/api/services/asr/restart").code == "swap_running"
+    two.idle()
+    two.rig.sh("spark2", "docker rm -f asr")
+    got = two.post("/api/services/asr/restart")
+    assert (got.status, got.code) == (502, "restart_failed") and "No such container" in got.json["error"]["message"]
+
+
+def test_a_job_that_was_deleted_while_it_waits_does_nothing(two):
+    mine = lock(two)
+    due(two, id="j", kind="swap", model="alpha", wait=60)
+    until(lambda: two.get("/api/swap/lock").json["queue"] == 1)
+    assert two.call("DELETE", "/api/jobs/j").status == 200
+    until(lambda: two.get("/api/swap/lock").json["queue"] == 0)
+    two.call("DELETE", "/api/swap/lock", headers=token(mine["token"]))
+    until(lambda: "job_failed" in kinds(two))
+    assert two.get("/api/swap").json == {"running": None, "recent": []} and two.get("/api/swap/lock").json == {"locked": False}
+
+
+def test_a_job_missed_while_sparkctl_was_away_runs_once_or_not_as_it_says(two):
+    due(two, ago=7200, id="skips", kind="health", cron="*/5 * * * *")
+    run = ran(two, "skips")
+    assert run["outcome"] == "skipped" and "sparkctl did not run" in run["detail"]
+    due(two, ago=7200, id="runs", kind="health", cron="*/5 * * * *", missed="run")
+    assert ran(two, "runs")["outcome"] == "ok"
+    assert len(next(j for j in two.get("/api/jobs").json["jobs"] if j["id"] == "runs")["runs"]) == 1
+    due(two, ago=5, id="off", kind="health", enabled=False)
+    assert next(j for j in two.get("/api/jobs").json["jobs"] if j["id"] == "off")["runs"] == []
+
+
+def test_a_job_never_overlaps_itself(tmp_path):
+    begun, end = [], threading.Event()
+    register = sc.Register(str(tmp_path / "jobs.json"), "job", {**sc.JOB, **sc.JOB_STATE}, (), sc.Hub(), print)
+    jobs = sc.Jobs(register, {"health": lambda job, tell, swap: begun.append(1) or str(end.wait(20))}, lambda *a, **k: None)
+    jobs.put({"id": "slow", "kind": "health", "cron": "* * * * *"})
+    for _ in range(3):
+        jobs._due(register.entries["slow"], register.entries["slow"]["due"] + 1)
+    until(lambda: begun)
+    outcomes = [run["outcome"] for run in register.entries["slow"]["runs"]]
+    assert len(begun) == 1 and outcomes == ["skipped", "skipped", "running"] and "not over" in register.entries["slow"]["runs"][0]["detail"]
+    for _ in range(jobs.KEEP):                              # the one that runs is never pushed out
+        jobs._due(register.entries["slow"], register.entries["slow"]["due"] + 1)
+    assert [run["outcome"] for run in register.entries["slow"]["runs"]] == ["skipped"] * jobs.KEEP + ["running"]
+    end.set()
+    until(lambda: not jobs.shown()[0]["running"])
+    assert register.entries["slow"]["runs"][-1]["outcome"] == "ok"
+
+
+def test_when_the_clock_is_set_jobs_are_due_by_the_new_time(tmp_path, monkeypatch):
+    register = sc.Register(str(tmp_path / "jobs.json"), "job", {**sc.JOB, **sc.JOB_STATE}, (), sc.Hub(), print)
+    jobs, real = sc.Jobs(register, {}, lambda *a, **k: None), time.time
+    monkeypatch.setattr(sc.time, "time", lambda: real() + 10 * 86400)
+    monkeypatch.setattr(sc.Jobs, "LOOK_S", 0)
+    jobs._look()
+    jobs.put({"id": "j", "kind": "health", "cron": "0 * * * *"})
+    assert register.entries["j"]["due"] > real() + 9 * 86400
+    monkeypatch.setattr(sc.time, "time", real)
+    jobs._look()
+    assert register.entries["j"]["due"] < real() + 3601 and register.entries["j"]["runs"] == []
+
+
+# --- audit, loss, kill -9
+
+def test_the_audit_log_says_who_did_what_and_survives(two):
+    mine = lock(two)
+    two.post("/api/swap", {"model": "alpha"}, headers=token(mine["token"]))
+    two.phase("loading", "launching", "warming")
+    two.call("DELETE", f"/api/swap/{two.running()['id']}?force=true")
+    two.idle()
+    two.call("DELETE", "/api/swap/lock", headers=token(mine["token"]))
+    lock(two, "short", ttl=1)
+    until(lambda: kinds(two)[0] == "lock_expired")
+    Path(two.dir / "models.yaml").write_text(CATALOG.replace("LOCAL", str(two.rig.local)) + "  extra: {repo: org/extra}\n")
+    until(lambda: "config_changed" in kinds(two))
+    two.restart(signal.SIGTERM)
+    events = two.get("/api/events").json["events"]
+    told = {e["kind"]: e for e in events}
+    assert {"lock_acquired", "lock_released", "lock_expired", "lock_override", "swap_started", "swap_cancelled", "config_changed", "started", "stopped"} <= set(told)
+    assert told["swap_started"]["holder"] == "daily-vol" and told["swap_started"]["client"] == "127.0.0.1" and told["lock_override"]["client"] == "127.0.0.1"
+    assert [e["n"] for e in events] == sorted((e["n"] for e in events), reverse=True)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", e["at"]) for e in events)
+
+
+def state_files(tmp_path):
+    """A data directory in which everything is kept -> {name: content}."""
+    m = manager(tmp_path)
+    m.start("main", "alpha", key=("k", "hash"))
+    m.acquire("a", 600, note="n")
+    hub = sc.Hub()
+    sc.Register(str(tmp_path / "schedules.json"), "schedule", sc.SCHEDULE, (), hub, print).change("s", lambda old: {"id": "s", "cron": "@daily", "runs": 3})
+    sc.Register(str(tmp_path / "jobs.json"), "job", {**sc.JOB, **sc.JOB_STATE}, (), hub, print).change("j", lambda old: {
+        "id": "j", "kind": "health", "cron": "@daily", "due": 1.5, "runs": [{"started_at": sc.utc(), "outcome": "ok", "detail": "x"}]})
+    sc.Events(str(tmp_path / "events.jsonl"), hub).add("x", "y", who="z")
+    return {name: (tmp_path / name).read_bytes() for name in ("swap.json", "lock.secret", "schedules.json", "jobs.json", "events.jsonl")}
+
+
+def load_all(tmp_path):
+    """Everything that a start reads -> (manager, schedules, jobs, events, warnings)."""
+    m, warnings = manager(tmp_path), []
+    schedules = sc.Register(str(tmp_path / "schedules.json"), "schedule", sc.SCHEDULE, (), sc.Hub(), warnings.append)
+    jobs = sc.Register(str(tmp_path / "jobs.json"), "job", {**sc.JOB, **sc.JOB_STATE}, ("kind", "cron", "due", "runs"), sc.Hub(), warnings.append)
+    sc.Schedules(schedules, jobs).shown()
+    sc.Jobs(jobs, {}, None).shown()
+    return m, schedules, jobs, sc.Events(str(tmp_path / "events.jsonl"), sc.Hub()), m.warnings + warnings
+
+
+@pytest.mark.parametrize("name", ["swap.json", "lock.secret", "schedules.json", "jobs.json", "events.jsonl"])
+def test_a_state_file_torn_at_any_byte_never_stops_the_start_and_what_was_lost_is_told(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sc.os, "fsync", lambda fd: None)
+    whole, quiet = state_files(tmp_path), []
+    garbage = [b"\0" * 50, b"[]", b"{}", b"null", b'{"entries": 7}', b'{"entries": {"s": 7, "j": []}}', b'{"lease": {"holder": 7}}', b'{"fence": "x"}', b'{"keys": {"k": 1}}',
+               b'{"entries": {"s": {"id": "t"}, "j": {"id": "j", "kind": "swap", "cron": "@daily", "due": "x", "runs": []}}}', b'{"n": 1}', os.urandom(200), b"{" * 100000]
+    for content in [whole[name][:n] for n in range(len(whole[name]))] + garbage:
+        for other, data in whole.items():
+            (tmp_path / other).write_bytes(data if other != name else content)
+        m, schedules, jobs, events, warnings = load_all(tmp_path)
+        lost = name == "lock.secret" and len(content) != 32      # and the lock with it
+        kept = bool(m.book.running and (m.book.lease or lost)), "s" in schedules.entries, "j" in jobs.entries
+        expected = {"swap.json": 0, "schedules.json": 1, "jobs.json": 2}.get(name)
+        assert all(k for i, k in enumerate(kept) if i != expected)
+        if expected is not None and not kept[expected] and not warnings:
+            quiet.append(content)
+        assert not lost or any("lock.secret" in w for w in warnings) and not m.book.lease
+        for left in tmp_path.glob("*.bad-*"):
+            left.unlink()
+    assert quiet in ([], [b"{}"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fifty_random_kills_resurrect_and_lose_nothing(two, seed):
+    """Locks, schedules and swaps go on while the program is killed; what was answered must be there afterwards."""
+    dice, held, entries, fence, shown = random.Random(seed), None, set(), 0, None
+    two.rig.behave("spark1", "*", load=0.1)
+    for n in range(50):
+        stop = threading.Timer(dice.uniform(0.0, 0.12), two.process.kill)
+        stop.start()
+        maybe = None                    # an operation whose answer did not arrive: it may have happened or not
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while True:
+                choice = dice.choice(("lock", "free", "schedule", "drop", "swap"))
+                maybe = (choice, f"s{n}")
+                if choice == "lock" and not held:
+                    got = two.post("/api/swap/lock", {"holder": f"h{n}", "ttl": 3600})
+                    assert got.status == 201 and got.json["fence"] > fence, got.body
+                    held, fence = got.json, got.json["fence"]
+                elif choice == "free" and held:
+                    assert two.call("DELETE", "/api/swap/lock", headers=token(held["token"])).status == 200
+                    held = None
+                elif choice == "schedule":
+                    assert two.post("/api/schedule", {"id": f"s{n}", "cron": "@daily"}).status in (200, 201)
+                    entries.add(f"s{n}")
+                elif choice == "drop" and entries:
+                    maybe = (choice, gone := dice.choice(sorted(entries)))
+                    assert two.call("DELETE", f"/api/schedule/{gone}").status == 200
+                    entries.discard(gone)
+                elif choice == "swap":
+                    got = two.post("/api/swap", {"model": dice.choice(("alpha", "beta")), "restart": True}, headers=token(held["token"]) if held else {})
+                    assert got.status in (202, 409), got.body
+                maybe = None
+        stop.join()
+        two.kill()
+        two.start()
+        shown, kept = two.get("/api/swap/lock").json, {row["id"] for row in two.get("/api/schedule").json["schedules"]}
+        if maybe and maybe[0] == "lock" and not held and shown["locked"]:
+            assert shown["fence"] > fence and shown["holder"] == f"h{n}"
+            fence = shown["fence"]
+            assert two.call("DELETE", "/api/swap/lock?force=true").status == 200        # its token was never told
+        elif maybe and maybe[0] == "free" and not shown["locked"]:
+            held = None
+        else:
+            assert shown["locked"] == bool(held) and (not held or shown["fence"] == held["fence"]), (maybe, shown, held)
+        unsure = {maybe[1]} if maybe and maybe[0] in ("schedule", "drop") else set()
+        assert kept - unsure == entries - unsure
+        entries = kept
+        assert not [w for w in two.get("/api/state").json["warnings"] if "root" not in w]
+    swaps = two.get("/api/swap").json
+    assert len({s["id"] for s in swaps["recent"]}) == len(swaps["recent"])
+    two.idle()
+
+
+# === 11 monitor ===============================================================
 
 def test_a_spark_that_dies_and_comes_back_is_told_and_costs_only_its_own_tile(two):
     state = lambda: {s["name"]: s for s in two.get("/api/state").json["sparks"]}
@@ -221,7 +1349,7 @@ def test_a_spark_that_dies_and_comes_back_is_told_and_costs_only_its_own_tile(tw
     until(lambda: state()["spark2"]["state"] == "ok", 40)
 
 
-# === 11 data path =============================================================
+# === 12 data path =============================================================
 
 def test_what_is_served_is_listed_under_all_its_names(two):
     assert two.get("/v1/models").json == {"object": "list", "data": []}
@@ -403,7 +1531,7 @@ def test_the_end_of_a_chunked_body_is_found_however_it_is_cut_up(cut):
         assert end.done and got == body
 
 
-# === 12 http ==================================================================
+# === 13 http ==================================================================
 
 @pytest.fixture
 def bare(start, tmp_path):
@@ -429,10 +1557,10 @@ def test_with_nothing_configured_it_says_what_to_do(bare):
     ("POST", "/api/swap", {"model": "alpha", "slott": "x"}, 422, "unknown_field", "did you mean slot?"),
     ("POST", "/api/swap", {"model": "alpha", "slot": "x"}, 404, "unknown_slot", "no slot x"),
     ("POST", "/api/swap", {"model": "alpha", "dry_run": "yes"}, 422, "bad_field", "dry_run must be a bool"),
-    ("POST", "/api/swap", {"model": "alpha", "skip_checks": ["reachable"]}, 422, "bad_field", "skip_checks must be a list of launcher"),
-    ("POST", "/api/swap?wait=-1", {"model": "alpha"}, 422, "bad_field", "wait must be seconds"),
+    ("POST", "/api/swap", {"model": "alpha", "skip_checks": ["reachable"]}, 422, "bad_field", "skip_checks must be one of launcher"),
+    ("POST", "/api/swap?wait=-1", {"model": "alpha"}, 422, "bad_field", "wait must be a number"),
     ("POST", "/api/swap?wiat=1", {"model": "alpha"}, 422, "unknown_field", "did you mean wait?"),
-    ("GET", "/api/state?wait=56", None, 422, "bad_field", "wait must be seconds from 0 to 55"),
+    ("GET", "/api/state?wait=56", None, 422, "bad_field", "wait must be a number from 0 to 55"),
     ("GET", "/api/swap/nope", None, 404, "unknown_swap", "no swap nope"),
     ("POST", "/api/swap", {"model": "alpha", "note": "\ud800"}, 422, "bad_field", "note must be text"),
     ("POST", "/api/swap", {"model": "\ud800"}, 422, "bad_field", "model must be text"),
@@ -511,7 +1639,7 @@ def test_a_malformed_or_oversized_request_is_refused_and_the_connection_closed(b
 @pytest.fixture
 def impatient(tmp_path, monkeypatch):
     """A server in this process whose limits are a fraction of a second -> its port."""
-    for name, seconds in (("HEAD_S", 0.3), ("BODY_S", 0.3), ("IDLE_S", 0.6)):
+    for name, seconds in (("HEAD_S", 0.3), ("BODY_S", 0.3), ("IDLE_S", 0.6), ("PARKED_MAX", 2)):
         monkeypatch.setattr(sc, name, seconds)
     (tmp_path / "none.yaml").touch()
     store = sc.ConfigStore(sc.parse_settings({}), {"models": str(tmp_path / "none.yaml"), "overrides": "/nonexistent", "services": str(tmp_path / "none.yaml")})
@@ -522,6 +1650,18 @@ def impatient(tmp_path, monkeypatch):
     server.shutdown()
     server.finish(2)
     app.hosts.close()
+
+
+def test_those_who_wait_leave_connections_for_those_who_do_not(impatient):
+    def ask(path, end=True):
+        return raw(impatient, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode(), end=end)
+    version = json.loads(ask("/api/state").partition(b"\r\n\r\n")[2])["version"]
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", impatient), 5))
+            sock.sendall(f"GET /api/state?since={version}&wait=50 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        until(lambda: b"too_many_waiting" in ask(f"/api/state?since={version}&wait=0.1"))
+        assert ask("/api/state").startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("data,answer", [
@@ -679,7 +1819,7 @@ def test_the_sixth_hundred_connection_is_told_to_come_back(bare):
     until(lambda: raw(bare.port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 200"))
 
 
-# === 13 demo ==================================================================
+# === 14 demo ==================================================================
 
 def test_the_demo_shows_a_swap_a_failure_with_rollback_and_answers_chat(start, tmp_path):
     p = start(args=("--demo",))
@@ -719,7 +1859,7 @@ def alive(pid):
         return False
 
 
-# === 14 command line ==========================================================
+# === 15 command line ==========================================================
 
 def run_once(*args, env=None, timeout=20):
     clean = {k: v for k, v in os.environ.items() if k not in sc.SETTING}
@@ -914,11 +2054,54 @@ def test_the_readmes_table_of_settings_is_the_codes():
     assert "\n".join(["| setting | default | meaning |", "| --- | --- | --- |", *rows]) + "\n" in README
 
 
+def transitions():
+    return [f"{phase} -> {', '.join(sorted(nexts, key=sc.PHASES.index)) or '(end)'}" for phase, nexts in sc.TRANSITIONS.items()]
+
+
 def test_the_readmes_transitions_are_the_codes_and_its_routes_exist():
-    assert "\n".join(sc.transitions_as_text()) in README
+    assert "\n".join(transitions()) in README
     told = set(re.findall(r"`(GET|POST|DELETE|PUT) (/[^`?\s]*)", README[README.index("| route |"):README.index("## A swap")]))
     real = {(r.method, r.path) for r in sc.ROUTES} | {("POST", p) for p in sc.PROXIED}
     assert told == real
+
+
+RECIPES = re.findall(r"```sh\n(.*?)```", README[README.index("## Cron recipes"):README.index("## Webhooks")], re.S)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[re.sub(r"\W+", "-", r.replace("#!/bin/bash\nset -euo pipefail\n", ""))[:40] for r in RECIPES])
+def test_every_cron_recipe_of_the_readme_does_what_it_says(start, tmp_path, recipe):
+    need(shutil.which("curl"), "curl")
+    p = start(args=("--demo",))
+    script = tmp_path / "recipe.sh"
+    script.write_text(recipe.replace("localhost:9999", f"127.0.0.1:{p.port}"))
+    if "force=true" in recipe:
+        lock(p, "dead cron")
+    got = subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=60, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert got.returncode == 0, got
+    state = p.get("/api/state").json
+    assert state["lock"] == {"locked": False} and not list(tmp_path.glob("tmp.*"))
+    if "/api/swap?wait" in recipe:
+        assert state["slots"][0]["model"] == ("house-style" if "house-style" in recipe else "tiny-chat")
+    if "-H @" in recipe:
+        assert [e["kind"] for e in state["events"]].count("lock_acquired") == 1 and state["events"][0]["kind"] == "lock_released"
+        assert ("lock_extended" in [e["kind"] for e in state["events"]]) == ("kill -0" in recipe) and ("the work itself" in got.stdout) == ("v1" in recipe)
+    assert [row["id"] for row in state["schedules"]] == (["daily-vol"] if "/api/schedule" in recipe else [])
+    assert [row["id"] for row in state["jobs"]] == (["morning"] if "/api/jobs" in recipe else [])
+    assert "dead cron" not in recipe or "dead cron" in got.stdout
+
+
+def test_a_recipe_whose_swap_fails_tells_why_and_leaves_no_lock(start, tmp_path):
+    p = start(args=("--demo",))
+    recipe = next(r for r in RECIPES if "Idempotency-Key" in r).replace("localhost:9999", f"127.0.0.1:{p.port}").replace('{"model": "tiny-chat", "lock"', '{"model": "too-greedy", "lock"')
+    got = subprocess.run(["bash", "-c", recipe], capture_output=True, text=True, timeout=60)
+    assert got.returncode == 1 and "too-greedy" in got.stdout and p.get("/api/swap/lock").json == {"locked": False}
+
+
+def test_the_webhook_check_of_the_readme_is_right():
+    names = {"hmac": hmac}
+    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], names)
+    good = "sha256=" + hmac.new(b"s", b"body", hashlib.sha256).hexdigest()
+    assert names["genuine"](b"s", b"body", good) and not names["genuine"](b"s", b"bodY", good)
 
 
 def test_the_readmes_example_files_load_without_a_problem():
@@ -1012,18 +2195,25 @@ def forward_refs(source):
 
 
 def unguarded(source):
-    """Accesses to fields marked `# guarded by X` outside `with self.X` and outside methods named *_locked."""
-    lines, bad = source.splitlines(), []
+    """Accesses to fields marked `# guarded by X` outside `with self.X` and outside methods named *_locked.
+
+    Of a field marked `# replaced under X` only the assignments count: readers take the object that is there.
+    """
+    lines, bad, classes = source.splitlines(), [], {}
     for cls in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef)):
-        guards, aliases = {}, {"_wake": "_lock"}     # a Condition made on a lock holds that lock
+        aliases = {"_wake": "_lock", "_changing": "_lock"}      # a Condition made on a lock holds that lock; _changing() takes it
+        guards = dict(p for base in cls.bases if isinstance(base, ast.Name) for p in classes.get(base.id, {}).items())
         for n in ast.walk(cls):
-            if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and (m := re.search(r"# guarded by (\w+)", lines[n.lineno - 1])):
-                guards.setdefault(n.attr, m[1])
+            if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and (m := re.search(r"# (guarded by|replaced under) (\w+)", lines[n.lineno - 1])):
+                guards.setdefault(n.attr, (m[2], m[1] == "guarded by"))
+        classes[cls.name] = guards
 
         def visit(node, held):
             if isinstance(node, ast.With):
-                held = held | {aliases.get(a, a) for i in node.items if isinstance(i.context_expr, ast.Attribute) for a in (i.context_expr.attr,)}
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self" and node.attr in guards and guards[node.attr] not in held:
+                taken = [i.context_expr.func if isinstance(i.context_expr, ast.Call) else i.context_expr for i in node.items]
+                held = held | {aliases.get(a.attr, a.attr) for a in taken if isinstance(a, ast.Attribute)}
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self" and node.attr in guards \
+                    and guards[node.attr][0] not in held and (guards[node.attr][1] or isinstance(node.ctx, ast.Store)):
                 bad.append(f"{cls.name}.{node.attr} line {node.lineno}")
             for child in ast.iter_child_nodes(node):
                 visit(child, held)
@@ -1046,8 +2236,9 @@ def test_guarded_fields_are_touched_only_under_their_lock():
 
 
 def test_the_guard_check_itself_catches_a_bare_read():
-    bare = SOURCE.replace("    def running(self):\n        with self._lock:\n            return self._running", "    def running(self):\n        return self._running")
-    assert bare != SOURCE and unguarded(bare) != []
+    for old, new in (("        with self._lock:\n            return [dict(row) for row in self._deliveries]", "        return [dict(row) for row in self._deliveries]"),
+                     ("    def lock_info(self):\n", "    def lock_info(self):\n        self.book = None\n")):
+        assert SOURCE.count(old) == 1 and len(unguarded(SOURCE.replace(old, new))) == 1
 
 
 def test_only_the_standard_library_and_yaml_are_imported():
@@ -1072,9 +2263,9 @@ def test_importing_has_no_side_effect(tmp_path):
 # === 1 settings ===============================================================
 
 @pytest.mark.parametrize("name,value,told", [
-    ("VLLM_PORT", "eighty", "VLLM_PORT: 'eighty' from the environment is not valid"),
-    ("VLLM_PORT", "70000", "VLLM_PORT: '70000' from the environment must be from 1 to 65535"),
-    ("POLL_SECONDS", "nan", "POLL_SECONDS: 'nan' from the environment must be from 1 to 3600"),
+    ("VLLM_PORT", "eighty", "VLLM_PORT: 'eighty' from the environment must be a whole number from 1 to 65535"),
+    ("VLLM_PORT", "70000", "VLLM_PORT: '70000' from the environment must be a whole number from 1 to 65535"),
+    ("POLL_SECONDS", "nan", "POLL_SECONDS: 'nan' from the environment must be a number from 1 to 3600"),
     ("SWAP_ROLLBACK", "perhaps", "SWAP_ROLLBACK: 'perhaps' from the environment must be on or off"),
     ("SPARK1_HOST", "-oProxyCommand=id", "SPARK1_HOST: '-oProxyCommand=id' from the environment must be a host name"),
     ("SPARK1_USER", "a b", "SPARK1_USER: 'a b' from the environment must be a login name"),
@@ -1608,7 +2799,7 @@ PLAN = sc.Plan("main", "m", ("m",), ("spark1",), 1, "c", "b", "launch", "launch"
 
 
 def test_the_transition_table_is_the_agreed_one():
-    assert sc.transitions_as_text() == AGREED.strip().split("\n")
+    assert transitions() == AGREED.strip().split("\n")
 
 
 def test_a_thousand_random_walks_never_break_an_invariant_and_always_end():
@@ -3282,6 +4473,18 @@ def stop(argv):
         print(name)
     return code
 
+def restart(argv):
+    found, names = mixed(argv, {"-t", "--time", "--timeout", "-s", "--signal"}, set())
+    for name in names:
+        cdir, meta = find(name)
+        if not meta:
+            fail("Error response from daemon: No such container: %s" % name)
+        if meta["running"]:
+            halt(cdir, meta, dict(found).get("-t"))
+        remove(cdir, meta)
+        run(meta["args"])
+    return 0
+
 def kill(argv):
     import signal
     found, names = mixed(argv, {"-s", "--signal"}, set())
@@ -3442,7 +4645,7 @@ def main():
     block("docker_hangs")
     if control("docker_down") is not None:
         fail("Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?")
-    commands = {"run": run, "exec": execute, "inspect": inspect, "ps": ps, "top": top, "logs": logs, "stop": stop, "kill": kill,
+    commands = {"run": run, "exec": execute, "inspect": inspect, "ps": ps, "top": top, "logs": logs, "stop": stop, "restart": restart, "kill": kill,
                 "rm": rm, "events": events, "image": image, "images": image_list, "ls": ps}
     if argv[0] in commands:
         sys.argv[1:] = argv
