@@ -1799,6 +1799,17 @@ def recent_failures(recent, model, now, within=3600):
             and {p for p, _, _ in s.phases} & {"launching", "loading", "warming"}]
 
 
+def memory_gb(facts):
+    """(all memory, available), GiB, as a Spark tells them. Raises IndexError or ValueError if it does not."""
+    return [int(facts[name][0].split()[0]) / (1 << 20) for name in ("MemTotal", "MemAvailable")]
+
+
+def why_not(result):
+    """One line that says why a Result did not reach its Spark."""
+    last = result.err.strip().splitlines()[-1:] or [""]
+    return f"{result.kind.replace('_', ' ')}: {printable(last[0], 200)}"
+
+
 class Look:
     """What one look at every Spark of a slot found, before anything is touched; the checks below judge it."""
 
@@ -1828,8 +1839,9 @@ class Look:
         """(Spark, total, available, needed, weights in GiB, how the need was found) of each Spark that tells."""
         for host in self.used:
             with contextlib.suppress(KeyError, IndexError, ValueError):
-                total, available = (int(self.there[host][name][0].split()[0]) / (1 << 20) for name in ("MemTotal", "MemAvailable"))
-                yield host, total, available, *memory_need_gb(dataclasses.replace(self.model, size_gb=self.weights_gb()), total, len(self.used))
+                total, available = memory_gb(self.there[host])
+                model = dataclasses.replace(self.model, size_gb=self.weights_gb())
+                yield host, total, available, *memory_need_gb(model, total, len(self.used))
 
     def need_gb(self):
         return max((need for _, _, _, need, _, _ in self.memory()), default=0.0)
@@ -1837,8 +1849,7 @@ class Look:
 
 def check_reachable(look):
     for host, result in look.down.items():
-        last = result.err.strip().splitlines()[-1:] or [""]
-        yield look.severity(host), f"{host}: {result.kind.replace('_', ' ')}: {printable(last[0], 200)}", remedy_for(result, look.config.sparks[host])
+        yield look.severity(host), f"{host}: {why_not(result)}", remedy_for(result, look.config.sparks[host])
     if not look.down:
         yield "ok", f"{', '.join(look.there)} answered"
 
@@ -1846,11 +1857,11 @@ def check_reachable(look):
 def check_launcher(look):
     if not look.cluster or look.head is None:
         return
-    flags, directory = set(look.head["flag"]), look.config.settings["LAUNCH_DIR"]
+    flags, directory, head = set(look.head["flag"]), look.config.settings["LAUNCH_DIR"], look.slot.hosts[0]
     old = [what for what, needle in LAUNCHER_NEEDS.items() if needle not in flags]
     elsewhere = next((v.strip("'\"") for v in look.head["env_container"] if v.strip("'\"") != look.slot.container), "")
     if look.head["launcher"] != ["yes"]:
-        yield "fail", f"no executable launch-cluster.sh in {directory} on {look.slot.hosts[0]}", "clone spark-vllm-docker there, or set LAUNCH_DIR"
+        yield "fail", f"no executable launch-cluster.sh in {directory} on {head}", "clone spark-vllm-docker there, or set LAUNCH_DIR"
     elif old:
         yield "fail", f"this launch-cluster.sh does not know {' or '.join(old)}", f"update it: git -C {directory} pull"
     elif look.slot.container == "vllm_node" and elsewhere:      # the .env beats the default name, even when given
@@ -1902,16 +1913,17 @@ def check_neighbours(look):
 def check_weights(look):
     if look.model is None:
         return
-    good = [h for h in look.used if h in look.there]
-    for host in list(good):
-        facts, source = look.there[host], look.model.source
+    good, source = [], look.model.source
+    remedy = "check the path" if look.model.local_path else f"download it there: hf download {source}"
+    for host in (h for h in look.used if h in look.there):
+        facts = look.there[host]
         if not facts["weights"]:
-            good.remove(host)
-            yield "fail", f"{source} is not on {host}", "check the path" if look.model.local_path else f"download it there: hf download {source}"
+            yield "fail", f"{source} is not on {host}", remedy
         elif facts["weights_missing"] or facts["weights_incomplete"]:
-            good.remove(host)
             missing = ", ".join(facts["weights_missing"][:3]) or "a file that is still being downloaded"
             yield "fail", f"{host} has {source} without {printable(missing, 200)}", "let the download finish, or download it again"
+        else:
+            good.append(host)
     if good:
         yield "ok", f"{look.weights_gb():.1f} GB on {', '.join(good)}"
 
@@ -1920,22 +1932,23 @@ def check_memory(look):
     """What the engine will take, against what is available plus what the old engine gives back."""
     if look.model is None:
         return
-    current, rows = look.current, []
-    for host, total, available, need, weights, how in look.memory():
-        back = min(current.need_gb, total - available) if current and host in current.hosts else 0.0
+    current, told = look.current, list(look.memory())
+    for host, total, available, need, weights, how in told:
+        room = available + (min(current.need_gb, total - available) if current and host in current.hosts else 0.0)
         unknown = not current and bool(look.probe.served or look.there[host]["engine"])
-        room = available + back
+        needs = f"{host}: needs {need:.1f} GB ({how})"
         if weights + 1 > need:
-            rows.append(("fail", f"{host}: {weights:.1f} GB of weights and 1 GB to work in do not fit into {need:.1f} GB ({how})",
-                         f"raise gpu-memory-utilization to {min(0.95, (weights + 6) / total):.2f}, or use more Sparks"))
-        elif need + 2 > room and unknown:
-            rows.append(("warn", f"{host}: needs {need:.1f} GB ({how}); {room:.1f} GB are free, and what the engine there gives back is not known"))
-        elif need + 2 > room:
-            rows.append(("fail", f"{host}: needs {need:.1f} GB ({how}), and {room:.1f} GB can be free",
-                         f"lower gpu-memory-utilization to {max(0.0, (room - 3) / total):.2f}, or stop other services"))
+            yield ("fail", f"{host}: {weights:.1f} GB of weights and 1 GB to work in do not fit into {need:.1f} GB ({how})",
+                   f"raise gpu-memory-utilization to {min(0.95, (weights + 6) / total):.2f}, or use more Sparks")
+        elif need + 2 <= room:
+            yield "ok", f"{needs}, {room:.1f} GB can be free"
+        elif unknown:
+            yield "warn", f"{needs}; {room:.1f} GB are free, and what the engine there gives back is not known"
         else:
-            rows.append(("ok", f"{host}: needs {need:.1f} GB ({how}), {room:.1f} GB can be free"))
-    yield from rows or [("warn", "the Spark does not tell how much memory it has")]
+            yield ("fail", f"{needs}, and {room:.1f} GB can be free",
+                   f"lower gpu-memory-utilization to {max(0.0, (room - 3) / total):.2f}, or stop other services")
+    if not told:
+        yield "warn", "the Spark does not tell how much memory it has"
 
 
 # One row per check, in the order they are told. `reachable` cannot be skipped: nothing would work.
@@ -3046,6 +3059,7 @@ class Events:
     """What happened, newest last: in memory for readers, appended to events.jsonl (1 MiB, one older file kept)."""
 
     KEEP, ROTATE = 500, 1 << 20
+    SHAPE = {"n": int, "at": str, "kind": str, "text": str}
 
     def __init__(self, path, hub):
         self._path, self._hub = path, hub
@@ -3057,7 +3071,7 @@ class Events:
                 for line in f:
                     with contextlib.suppress(ValueError, RecursionError):       # a torn last line
                         got = json.loads(line)
-                        if isinstance(got, dict) and all(isinstance(got.get(k), t) for k, t in {"n": int, "at": str, "kind": str, "text": str}.items()):
+                        if isinstance(got, dict) and all(isinstance(got.get(k), t) for k, t in self.SHAPE.items()):
                             self._list.append({**got, "text": printable(got["text"], 500)})
         self._n = max((e["n"] for e in self._list), default=0)     # guarded by _lock
         with contextlib.suppress(OSError), open(path, "rb+") as f:
@@ -3153,8 +3167,8 @@ class Webhooks:
     def _post(self, url, row, body):
         """One POST -> status; LIMIT_S to connect, LIMIT_S for the rest. TLS is verified; no redirect is followed, no proxy used."""
         place, secret = urllib.parse.urlsplit(url), self._settings()["WEBHOOK_SECRET"]
-        kind = functools.partial(http.client.HTTPSConnection, context=ssl.create_default_context()) if place.scheme == "https" else http.client.HTTPConnection
-        connection = kind(place.hostname, place.port, timeout=self.LIMIT_S)
+        connection = http.client.HTTPConnection(place.hostname, place.port, timeout=self.LIMIT_S) if place.scheme == "http" else \
+            http.client.HTTPSConnection(place.hostname, place.port, timeout=self.LIMIT_S, context=ssl.create_default_context())
         headers = {"Content-Type": "application/json", "User-Agent": f"sparkctl/{VERSION}",
                    "X-Spark-Event": row["event"], "X-Spark-Delivery": row["id"]}
         if secret:
@@ -3162,7 +3176,6 @@ class Webhooks:
         if place.username:
             login = f"{urllib.parse.unquote(place.username)}:{urllib.parse.unquote(place.password or '')}"
             headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
-
         connection.connect()
         sock = connection.sock
 
@@ -3179,10 +3192,10 @@ class Webhooks:
             connection.close()
 
 
-MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
-CRON_FIELDS = (("minute", 0, 59, {}), ("hour", 0, 23, {}), ("day of the month", 1, 31, {}),
-               ("month", 1, 12, {name: n for n, name in enumerate(MONTHS, 1)}), ("day of the week", 0, 7, {name: n for n, name in enumerate(DAYS)}))
+MONTHS = {name: n for n, name in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)}
+DAYS = {name: n for n, name in enumerate("sun mon tue wed thu fri sat".split())}
+CRON_FIELDS = (("minute", 0, 59, {}), ("hour", 0, 23, {}), ("day of the month", 1, 31, {}), ("month", 1, 12, MONTHS),
+               ("day of the week", 0, 7, DAYS))
 CRON_WORDS = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@weekly": "0 0 * * 0",
               "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *"}
 
@@ -3332,8 +3345,8 @@ def runs_told(value):
 
 ID = matching(r"[A-Za-z0-9._-]{1,64}", "must be 1 to 64 letters, digits, . _ -")
 SCHEDULE = {"id": ID, "name": line_of(200), "cron": cron_text, "next_run": moment, "model": line_of(200), "slot": line_of(64),
-            "duration_minutes": amount(0, 10080, "minutes"), "owner": line_of(100), "note": line_of(500), "last_run": moment, "last_status": line_of(100),
-            "runs": runs_told, "registered_at": moment}
+            "duration_minutes": amount(0, 10080, "minutes"), "owner": line_of(100), "note": line_of(500), "last_run": moment,
+            "last_status": line_of(100), "runs": runs_told, "registered_at": moment}
 LATE_S = 300                    # a run that was not reported for so long is late
 
 
@@ -3354,7 +3367,7 @@ class Schedules:
     def __init__(self, register, jobs):
         self.register, self._jobs = register, jobs          # jobs: the Register of our own jobs
         self._computing = threading.Lock()                  # so that one reader computes for all
-        self._view = None, None                             # guarded by _computing; for which minute and entries what was computed
+        self._view = None, None                             # guarded by _computing; (minute and entries), what was computed for them
 
     def put(self, entry):
         self.register.change(entry["id"], lambda old: {**entry, "registered_at": utc()})
@@ -3365,11 +3378,10 @@ class Schedules:
     def view(self):
         """(schedules with next_run, late and conflicts, all conflicts of a day to come) as of this minute."""
         with self._computing:
-            mark, (known, got) = (int(time.time() // 60), self.register.entries, self._jobs.entries), self._view
-            if not known or any(a is not b for a, b in zip(mark[1:], known[1:])) or mark[0] != known[0]:
-                got = self._compute()
-                self._view = mark, got
-            return got
+            mark = int(time.time() // 60), self.register.entries, self._jobs.entries
+            if mark != self._view[0]:
+                self._view = mark, self._compute()
+            return self._view[1]
 
     def _compute(self):
         now, rows, wishes = time.time(), [], []
@@ -3388,16 +3400,17 @@ class Schedules:
     @staticmethod
     def _wishes(entry, due, now, seconds):
         """When in the day to come an entry wants its model, each time for at least a minute."""
-        if "model" in entry:
-            times = runs_between(parse_cron(entry["cron"]), now, now + 86400) if "cron" in entry else [due] if due and now < due < now + 86400 else ()
-            for at in itertools.islice(times, 100):
-                yield entry["id"], entry.get("slot", "main"), entry["model"], at, at + max(60, seconds)
+        times = runs_between(parse_cron(entry["cron"]), now, now + 86400) if "cron" in entry else [due] if due else []
+        for at in itertools.islice((at for at in times if "model" in entry and now < at < now + 86400), 100):
+            yield entry["id"], entry.get("slot", "main"), entry["model"], at, at + max(60, seconds)
 
 
-JOB = {"id": ID, "kind": choice("swap", "warm", "restart", "health"), "cron": cron_text, "model": line_of(200), "slot": line_of(64), "service": line_of(64),
-       "missed": choice("run", "skip"), "enabled": boolean, "wait": amount(0, 86400, "seconds"), "note": line_of(500)}
+JOB = {"id": ID, "kind": choice("swap", "warm", "restart", "health"), "cron": cron_text, "missed": choice("run", "skip"),
+       "model": line_of(200), "slot": line_of(64), "service": line_of(64), "enabled": boolean, "wait": amount(0, 86400, "seconds"),
+       "note": line_of(500)}
 JOB_NEEDS = {"swap": "model", "warm": "model", "restart": "service"}
-JOB_RUN = {"started_at": moment, "ended_at": moment, "outcome": choice("running", "ok", "failed", "skipped", "interrupted"), "detail": line_of(500), "swap": line_of(100)}
+JOB_RUN = {"started_at": moment, "ended_at": moment, "outcome": choice("running", "ok", "failed", "skipped", "interrupted"),
+           "detail": line_of(500), "swap": line_of(100)}
 # What is kept of a job beside what was asked: when it is due next (Unix time) and its last runs, newest first.
 JOB_STATE = {"due": amount(0, 1 << 33, "Unix time"), "runs": lambda runs: [
     checked({"started_at": "", "outcome": "", **expect("mapping", run)}, JOB_RUN, "run") for run in expect("list", runs)]}
@@ -3418,8 +3431,12 @@ class Jobs:
     def shown(self):
         with self._lock:
             active = set(self._active)
-        return [{"enabled": True, "missed": "skip", "note": "", **{k: v for k, v in job.items() if k != "due"}, "running": job["id"] in active,
-                 "next_run": utc(job["due"]) if job["due"] and job.get("enabled", True) else None} for job in self.register.entries.values()]
+        rows = [{"enabled": True, "missed": "skip", "note": "", **job, "running": job["id"] in active}
+                for job in self.register.entries.values()]
+        for row in rows:
+            due = row.pop("due")
+            row["next_run"] = utc(due) if due and row["enabled"] else None
+        return rows
 
     def put(self, job):
         """Add or replace a job; its last runs are kept."""
@@ -3459,17 +3476,19 @@ class Jobs:
         """Start a job whose time has come, or say why not -> when it is due again, which is on disk first."""
         with self._lock:
             overlaps = job["id"] in self._active
-        why = "its last run was not over" if overlaps else f"it was due at {utc(job['due'])}, and sparkctl did not run or the clock was set" \
-            if now - job["due"] > self.LATE_S and job.get("missed", "skip") == "skip" else ""
-        run = {"started_at": utc(now), "outcome": "running", "detail": "started"}
-        run |= {"ended_at": utc(now), "outcome": "skipped", "detail": why} if why else {}
+        missed = now - job["due"] > self.LATE_S and job.get("missed", "skip") == "skip"
+        why = "its last run was not over" if overlaps else \
+            f"it was due at {utc(job['due'])}, and sparkctl did not run or the clock was set" if missed else ""
+        run = {"started_at": utc(now), **({"ended_at": utc(now), "outcome": "skipped", "detail": why} if why else
+                                          {"outcome": "running", "detail": "started"})}
         due = next_run(parse_cron(job["cron"]), now) or now + 10 * 366 * 86400
         if only_again and due == job["due"]:
             return due
 
         def again(old):
-            runs = old["runs"] if only_again else [run, *old["runs"]]
-            return {**old, "due": due, "runs": [r for n, r in enumerate(runs) if n < self.KEEP or r["outcome"] == "running"]} if old is job else old
+            runs = job["runs"] if only_again else [run, *job["runs"]]
+            kept = [r for n, r in enumerate(runs) if n < self.KEEP or r["outcome"] == "running"]
+            return {**job, "due": due, "runs": kept} if old is job else old     # else it was changed or deleted meanwhile
         if self.register.change(job["id"], again, must=False)["due"] == due and not why and not only_again:
             self._begin(job)
         return due
@@ -3591,22 +3610,21 @@ class Monitor:
         poll, old = self._store.settings["POLL_SECONDS"], self.spark(name)
         got = self._hosts.run(name, "awk '/^Mem(Total|Available):/ {print $1, $2}' /proc/meminfo 2>/dev/null; exit 0", 15)
         if got.kind == "ok":
-            facts, view = parse_facts(got.out), SparkView("ok", "answers; memory unknown", "", utc())
+            view = SparkView("ok", "answers; memory unknown", "", utc())
             with contextlib.suppress(IndexError, ValueError):
-                total, available = (round(int(facts[k][0].split()[0]) / (1 << 20), 1) for k in ("MemTotal", "MemAvailable"))
-                view = SparkView("ok", "", "", utc(), {"total_gb": total, "available_gb": available})
+                total, available = memory_gb(parse_facts(got.out))
+                view = SparkView("ok", "", "", utc(), {"total_gb": round(total, 1), "available_gb": round(available, 1)})
         else:
-            last = got.err.strip().splitlines()[-1:] or [""]
-            view = SparkView("unreachable", f"{got.kind.replace('_', ' ')}: {printable(last[0], 200)}",
-                             remedy_for(got, self._store.sparks[name]), old.seen_at, failures=old.failures + 1)
+            remedy = remedy_for(got, self._store.sparks[name])
+            view = SparkView("unreachable", why_not(got), remedy, old.seen_at, failures=old.failures + 1)
         with self._lock:
             self._sparks[name] = view
         if old[:3] + old[4:5] != view[:3] + view[4:5]:      # all but when
             self._hub.bump()
         if old.state not in ("unknown", view.state):
             self._events.add("spark_" + view.state, f"{name} is {view.state}" + (f": {view.detail}" if view.detail else ""), spark=name)
-        # the jitter keeps several from asking together
-        self._closing.wait(poll if not view.failures else min(60, poll * 2 ** min(view.failures, 9)) * (0.8 + 0.4 * secrets.randbelow(100) / 100))
+        jitter = 0.8 + 0.4 * secrets.randbelow(100) / 100   # keeps several from asking together
+        self._closing.wait(min(60, poll * 2 ** min(view.failures, 9)) * jitter if view.failures else poll)
 
     def _look_at_config(self):
         self._closing.wait(1)
@@ -3647,11 +3665,9 @@ def route_model(name, config, views, running):
         raise Refused(404, "model_not_found", "no model has so long a name")
     wait = {"Retry-After": str(math.ceil(running.eta_seconds or 30))} if running else {}
     if running and running.slot in slots:
-        target = running.plan.served_names if running.plan else ()
-        if name in target:
+        if running.plan and name in running.plan.served_names:
             return slots[running.slot]
-        leaving = running.previous.served_names if running.previous else ()
-        if name in leaving:
+        if running.previous and name in running.previous.served_names:
             raise Refused(503, "model_leaving", f"{name} is being replaced by {running.model or 'nothing'}", wait)
     for slot, served in views.items():
         if name in served and slot in slots:
@@ -3673,60 +3689,37 @@ def forwarded_head(request, endpoint):
     return ("\r\n".join([*lines, f"Content-Length: {len(request.body)}"]) + "\r\n\r\n").encode("latin-1")
 
 
-def parse_reply_head(head):
-    """b'HTTP/1.1 200 OK...' without the blank line -> (status, [(name, value)], length or None, chunked). Raises ValueError.
-
-    As strict as parse_head: an engine must not be able to put words into our mouth.
-    """
-    first, *rest = head.split(b"\r\n")
-    m, fields = re.fullmatch(rb"HTTP/1\.[01] ([2-5]\d\d)(?: [^\r\n]*)?", first), []
-    for line in rest:
-        f = FIELD.fullmatch(line)
-        require(f and b"\n" not in line and b"\r" not in line, "malformed header field")
-        fields.append((f[1].decode(), f[2].decode("latin-1")))
-    lengths = {v for k, v in fields if k.lower() == "content-length"}
-    coding = [v.lower() for k, v in fields if k.lower() == "transfer-encoding"]
-    if not m or b"\n" in first or len(lengths) > 1 or coding not in ([], ["chunked"]) or lengths and coding \
-            or not all(re.fullmatch(r"[0-9]{1,15}", v) for v in lengths):
-        raise ValueError("malformed or ambiguous reply")
-    status = int(m[1])
-    length = 0 if status in (204, 304) else int(next(iter(lengths))) if lengths else None
-    return status, fields, length, bool(coding)
-
-
 class BodyEnd:
     """Finds where a body ends while its bytes pass through: by length, by chunks, or at the connection's end."""
 
     def __init__(self, length, chunked):
-        self.left = length              # bytes still to come of the body or of the running chunk; None: not known
-        self.chunked, self.line, self.data = chunked, b"", None
+        self.left = 0 if chunked else length    # bytes still to come of the body or of the running chunk; None: not known
+        self.chunked, self.line, self.data = chunked, b"", bytearray()
         self.done = length == 0 and not chunked
-        if chunked:
-            self.left = 0
 
-    def take(self, data):
-        """The part of data that belongs to the body, framing included. Raises ValueError for a malformed chunk."""
+    def take(self, data, keep=False):
+        """The part of data that belongs to the body, framing included; keep: what chunks hold is added to self.data.
+
+        Raises ValueError for a malformed chunk.
+        """
         if not self.chunked:
-            if self.left is None:
-                return data
             data = data[:self.left]
-            self.left -= len(data)
-            self.done = not self.left
+            self.left = None if self.left is None else self.left - len(data)
+            self.done = self.left == 0
             return data
         at = 0
         while at < len(data) and not self.done:
             if self.left:               # inside a chunk and the CR LF after it
                 step = min(self.left, len(data) - at)
-                if self.data is not None:
-                    self.data += data[at:at + step]
+                self.data += data[at:at + min(step, self.left - 2)] if keep and self.left > 2 else b""
                 self.left -= step
                 at += step
                 continue
-            end = data.find(b"\n", at)
-            self.line += data[at:end + 1 if end >= 0 else len(data)]
-            at = end + 1 if end >= 0 else len(data)
+            end = data.find(b"\n", at) + 1 or len(data)
+            self.line += data[at:end]
+            at = end
             require(len(self.line) <= 1024, "a chunk size too long")
-            if end >= 0:
+            if self.line.endswith(b"\n"):
                 line, self.line = self.line, b""
                 if self.left is None:   # trailer lines, up to the blank one
                     self.done = line == b"\r\n"
@@ -3735,6 +3728,22 @@ class BodyEnd:
                     require(m, "a malformed chunk size")
                     self.left = int(m[1], 16) + 2 if int(m[1], 16) else None
         return data[:at]
+
+
+def parse_reply_head(head):
+    """b'HTTP/1.1 200 OK...' without the blank line -> (status, [(name, value)], BodyEnd). Raises ValueError.
+
+    As strict as parse_head: an engine must not be able to put words into our mouth.
+    """
+    first, *rest = head.split(b"\r\n")
+    m, found = re.fullmatch(rb"HTTP/1\.[01] ([2-5]\d\d)(?: [^\r\n]*)?", first), [FIELD.fullmatch(line) for line in rest]
+    require(m and all(found), "malformed status line or header field")
+    status, fields = int(m[1]), [(f[1].decode(), f[2].decode("latin-1")) for f in found]
+    lengths = {v for k, v in fields if k.lower() == "content-length"}
+    coding = [v.lower() for k, v in fields if k.lower() == "transfer-encoding"]
+    require(not coding or coding == ["chunked"] and not lengths, "ambiguous framing")
+    require(len(lengths) <= 1 and all(re.fullmatch(r"[0-9]{1,15}", v) for v in lengths), "bad Content-Length")
+    return status, fields, BodyEnd(0 if status in (204, 304) else int(lengths.pop()) if lengths else None, bool(coding))
 
 
 class ClientGone(Exception):
@@ -3747,37 +3756,27 @@ def recv_watching(upstream, client, timeout_s):
     poll = select.poll()
     poll.register(upstream, select.POLLIN)
     poll.register(client, select.POLLIN | select.POLLRDHUP)
-    watched = {upstream.fileno(), client.fileno()}
-    while True:
-        left = deadline - time.monotonic()
-        events = poll.poll(max(0, left * 1000)) if left > 0 else []
-        if not events:
-            raise TimeoutError()
-        for fd, event in events:
+    while (left := deadline - time.monotonic()) > 0:
+        for fd, event in poll.poll(left * 1000):
             if fd == upstream.fileno():
                 return upstream.recv(65536)
             if event & (select.POLLRDHUP | select.POLLHUP | select.POLLERR):
                 raise ClientGone()
-            if fd in watched:                   # the next request, sent early: it waits its turn
-                watched.discard(fd)
-                poll.modify(client, select.POLLRDHUP)
+            poll.modify(client, select.POLLRDHUP)       # the next request, sent early: it waits its turn
+    raise TimeoutError()
 
 
-def _error_reply(upstream, client, status, fields, rest, end):
-    """An engine's error: passed on if it is OpenAI-shaped JSON, else one of ours. -> (body, further header lines)"""
-    end.data = bytearray() if end.chunked else None
-    got = end.take(rest)
+def _error_body(upstream, client, status, rest, end):
+    """What is told of an engine's error: its own words if they are OpenAI-shaped JSON, else ours."""
+    got = end.take(rest, keep=True)
     with contextlib.suppress(OSError, ValueError):
-        while not end.done and len(got) < 1 << 20:
-            chunk = recv_watching(upstream, client, 5)
-            if not chunk:
-                break
-            got += end.take(chunk)
-    lines = [f"{k}: {v}" for k, v in fields if k.lower() == "retry-after"]
+        while not end.done and len(got) < 1 << 20 and (chunk := recv_watching(upstream, client, 5)):
+            got += end.take(chunk, keep=True)
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        if isinstance(json.loads(end.data.replace(b"\r\n", b"") if end.chunked else got)["error"], dict):
-            return (bytes(end.data).removesuffix(b"\r\n") if end.chunked else got), lines
-    return to_json(Refused(status, "engine_error", "the engine answered with an error").body()), lines
+        body = bytes(end.data) if end.chunked else got
+        if isinstance(json.loads(body)["error"], dict):
+            return body
+    return to_json(Refused(status, "engine_error", "the engine answered with an error").body())
 
 
 def relay(client, endpoint, request, extra):
@@ -3802,29 +3801,25 @@ def relay(client, endpoint, request, extra):
                 while got.startswith(b"HTTP/1.1 1") and b"\r\n\r\n" in got:
                     got = got.partition(b"\r\n\r\n")[2]
             head, _, rest = got.partition(b"\r\n\r\n")
-            status, fields, length, chunked = parse_reply_head(head)
-            end = BodyEnd(length, chunked)
-            drop = HOP_BY_HOP | {"content-length", "set-cookie", "x-request-id", "strict-transport-security", "content-security-policy"}
-            lines = [f"{k}: {v}" for k, v in fields if k.lower() not in drop]
+            status, fields, end = parse_reply_head(head)
             if status >= 400:
-                body, more = _error_reply(upstream, client, status, fields, rest, end)
-                lines, end, rest = ["Content-Type: application/json", *more], BodyEnd(len(body), False), body
-                length, chunked = len(body), False
+                rest = _error_body(upstream, client, status, rest, end)
+                fields = [("Content-Type", "application/json"), *(f for f in fields if f[0].lower() == "retry-after")]
+                end = BodyEnd(len(rest), False)
+            framing = "Connection: close" if end.left is None else f"Content-Length: {end.left}"
+            framing = "Transfer-Encoding: chunked" if end.chunked else framing
             rest = end.take(rest)
         except TimeoutError:
             raise Refused(504, "engine_timeout", "the engine did not begin to answer in time") from None
         except (OSError, ValueError):
             raise Refused(502, "engine_failed", "the engine ended the request without an answer") from None
-        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Reply')}", *lines, *extra]
-        lines += ["Transfer-Encoding: chunked"] if chunked else [f"Content-Length: {length}"] if length is not None and status != 204 else []
-        lines += [] if chunked or length is not None else ["Connection: close"]
+        drop = HOP_BY_HOP | {"content-length", "set-cookie", "x-request-id", "strict-transport-security", "content-security-policy"}
+        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Reply')}",
+                 *(f"{k}: {v}" for k, v in fields if k.lower() not in drop), *extra, *([framing] if status != 204 else [])]
         sent = len(rest)
         try:
             client.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + rest)
-            while not end.done:
-                chunk = recv_watching(upstream, client, FIRST_BYTE_S)
-                if not chunk:
-                    break                       # cut short: passed on cut short, and the client's framing shows it
+            while not end.done and (chunk := recv_watching(upstream, client, FIRST_BYTE_S)):    # cut short: so it is passed on
                 chunk = end.take(chunk)
                 client.sendall(chunk)
                 sent += len(chunk)
@@ -3938,11 +3933,13 @@ def parse_json(body):
     return got
 
 
-def known_model(config, key):
-    if key in config.models:
-        return config.models[key]
-    hint = nearest(key, config.models)
-    raise Refused(404, "unknown_model", f"no model {printable(key, 80)} in the catalog" + (f"; did you mean {hint}?" if hint else ""), nearest=hint)
+def entry_of(entries, what, name, **details):
+    """entries[name]. Raises Refused 404 with the nearest name that there is."""
+    if name in entries:
+        return entries[name]
+    hint = nearest(name, entries)
+    message = f"no {what} {printable(name, 80)}" + (f"; did you mean {hint}?" if hint else "")
+    raise Refused(404, "unknown_" + what, message, nearest=hint, **details)
 
 
 def pick_slot(config, name):
@@ -3951,9 +3948,7 @@ def pick_slot(config, name):
         raise Refused(409, "no_slots", "no Spark is configured; set SPARK1_HOST (or try --demo)")
     if name is None:
         return slots.get("main") or next(iter(slots.values()))
-    if name not in slots:
-        raise Refused(404, "unknown_slot", f"no slot {printable(name, 80)}", nearest=nearest(name, slots), known=list(slots))
-    return slots[name]
+    return entry_of(slots, "slot", name, known=list(slots))
 
 
 SWAP_STATUS = {"ready": 200, "planned": 200, "failed": 502, "cancelled": 409}
@@ -3979,7 +3974,8 @@ def job_locked(action):
         deadline = time.monotonic() + job.get("wait", 600)
         gone = lambda: app.jobs.register.entries.get(job["id"], {"enabled": False}).get("enabled") is False
         while True:
-            wish = {"holder": f"job {job['id']}", "ttl": LEASE_MAX_S, "wait": max(0, deadline - time.monotonic()), "note": job.get("note", "")}
+            wish = {"holder": f"job {job['id']}", "ttl": LEASE_MAX_S, "note": job.get("note", "")}
+            wish["wait"] = max(0, deadline - time.monotonic())
             lease = app.take_lock(None, wish, until=gone, swap="asked", told=False)     # or Answered, if it is gone
             try:
                 if gone():
@@ -3998,8 +3994,10 @@ def job_locked(action):
 
 
 def job_swap(app, job, tell, token):
-    slot, key = pick_slot(app.store.current, job.get("slot")), known_model(app.store.current, job.get("model", "")).key
-    _, got, _ = app.swap(None, slot, key, {"client": f"job {job['id']}", "automatic": True, "note": job.get("note", ""), "token": token}, wait_s=0)
+    config = app.store.current
+    slot, key = pick_slot(config, job.get("slot")), entry_of(config.models, "model", job.get("model", "")).key
+    options = {"client": f"job {job['id']}", "automatic": True, "note": job.get("note", ""), "token": token}
+    _, got, _ = app.swap(None, slot, key, options, wait_s=0)
     if "already_serving" in got:
         return f"{key} was served already"
     tell(swap=got["id"])
@@ -4013,7 +4011,8 @@ def job_health(app, job, tell, swap_id):
     return f"{len(rows)} answered"
 
 
-JOB_ACTIONS = {"swap": job_locked(job_swap), "warm": job_locked(lambda app, job, tell, token: app.warm(job.get("model", ""))), "health": job_health,
+JOB_ACTIONS = {"swap": job_locked(job_swap), "health": job_health,
+               "warm": job_locked(lambda app, job, tell, token: app.warm(job.get("model", ""))),
                "restart": job_locked(lambda app, job, tell, token: app.restart(job.get("service", ""), f"job {job['id']}", token))}
 
 
@@ -4032,7 +4031,8 @@ class App:
         self.webhooks = Webhooks(lambda: store.current.settings, self.hub)
         self.events.listeners.append(self.webhooks.tell)
         jobs, schedules = (Register(os.path.join(data_dir, f"{what}s.json"), what, fields, required, self.hub, self.warnings.append)
-                           for what, fields, required in (("job", {**JOB, **JOB_STATE}, ("kind", "cron", "due", "runs")), ("schedule", SCHEDULE, ("registered_at",))))
+                           for what, fields, *required in (("job", JOB | JOB_STATE, "kind", "cron", "due", "runs"),
+                                                           ("schedule", SCHEDULE, "registered_at")))
         self.jobs = Jobs(jobs, {kind: functools.partial(run, self) for kind, run in JOB_ACTIONS.items()}, self.events.add)
         self.schedules = Schedules(schedules, jobs)
         self.closing = threading.Event()
@@ -4042,9 +4042,11 @@ class App:
 
     def start(self):
         values = {row["name"]: row["value"] for row in self.store.settings.public() if row["source"] != "default"}
-        before = next((e["settings"] for e in self.events.since(0) if e["kind"] == "started" and isinstance(e.get("settings"), dict)), values)
+        starts = (e.get("settings") for e in self.events.since(0) if e["kind"] == "started")
+        before = next((given for given in starts if isinstance(given, dict)), values)
         if changed := sorted(k for k in values.keys() | before.keys() if values.get(k) != before.get(k)):
-            self.events.add("settings_changed", "since the last start: " + ", ".join(f"{k} = {values.get(k, 'default')}" for k in changed), names=changed)
+            said = ", ".join(f"{k} = {values.get(k, 'default')}" for k in changed)
+            self.events.add("settings_changed", f"since the last start: {said}", names=changed)
         self.events.add("started", f"sparkctl {VERSION} was started", settings=values)
         self.swaps.begin()
         self.monitor.start()
@@ -4067,7 +4069,7 @@ class App:
     def slots(self, config):
         running = self.swaps.book.running
         for slot in config.layout.slots.values():
-            view = self.monitor.slot(slot.name)
+            view, (in_flight, held) = self.monitor.slot(slot.name), self.gate.counts(slot.name)
             served = view.probe.served[0] if view.probe.served else None
             model = config.find(served) if served else None
             state = {"serving": "serving", "silent": "empty", "loading": "wedged"}.get(view.probe.state, "unknown")
@@ -4077,24 +4079,28 @@ class App:
                 state = "swapping"
             yield {"name": slot.name, "state": state, "model": model.key if model else None, "served_id": served, "since": view.since,
                    "url": endpoint_of(slot, self.hosts, config.settings).url, "hosts": list(slot.hosts), "port": slot.port,
-                   "backend": slot.backend, "detail": view.probe.detail, "in_flight": self.gate.counts(slot.name)[0], "held": self.gate.counts(slot.name)[1]}
+                   "backend": slot.backend, "detail": view.probe.detail, "in_flight": in_flight, "held": held}
 
-    def models(self, config, key=None):
+    def models(self, config):
         on = {s["model"]: s["name"] for s in self.slots(config) if s["model"]}
-        return [{**m.public(), "serving_on": on.get(m.key)} for m in config.models.values() if key in (None, m.key)]
+        return [{**m.public(), "serving_on": on.get(m.key)} for m in config.models.values()]
+
+    def services(self, config):
+        """The services that are configured and not disabled, by name."""
+        hidden = config.settings["DISABLED_SERVICES"]
+        return {s.name: s for s in config.layout.services.values() if s.configured and s.name not in hidden}
 
     def state(self):
         config, version = self.store.current, self.hub.version()
         running, recent = self.swaps.book.running, self.swaps.recent
-        hidden = set(config.settings["DISABLED_SERVICES"])
         schedules, conflicts = self.schedules.view()
-        sparks = [{"name": s.name, "host": s.host, **self.monitor.spark(s.name)._asdict()} for s in config.sparks.values()]
         return {"version": version, "now": utc(), "demo": self.demo,
                 "warnings": [*config.settings.warnings, *map(str, config.problems), *self.warnings],
-                "sparks": sparks, "slots": list(self.slots(config)), "models": self.models(config),
+                "sparks": [{"name": s.name, "host": s.host, **self.monitor.spark(s.name)._asdict()} for s in config.sparks.values()],
+                "slots": list(self.slots(config)), "models": self.models(config),
                 "services": [{"name": s.name, "kind": s.kind, "label": s.label, "state": "unknown", "host": s.host, "port": s.port}
-                             for s in config.layout.services.values() if s.configured and s.name not in hidden],
-                "swap": running.public() if running else None, "last": next((s.public() for s in recent if not s.dry_run), None),
+                             for s in self.services(config).values()],
+                "swap": running and running.public(), "last": next((s.public() for s in recent if not s.dry_run), None),
                 "lock": self.swaps.lock_info(), "schedules": schedules, "conflicts": conflicts, "jobs": self.jobs.shown(),
                 "events": self.events.since(0, 50), "settings": config.settings.public()}
 
@@ -4140,15 +4146,20 @@ class App:
 
     def put_entry(self, r, what, place):
         """Add or replace what r describes in place: the schedules or the jobs -> (status, how it is shown)."""
+        needed(r.json, "id")
         status = 200 if r.json["id"] in place.register.entries else 201
         place.put(r.json)
         self.events.add(what + "_set", f"{r.client} set {what} {r.json['id']}", client=r.client, id=r.json["id"])
         return status, next((row for row in place.shown() if row["id"] == r.json["id"]), r.json)
 
+    def drop_entry(self, r, what, place):
+        place.register.change(r.args["id"], lambda old: None)
+        self.events.add(what + "_removed", f"{r.client} removed {what} {r.args['id']}", client=r.client, id=r.args["id"])
+        return 200, {"deleted": r.args["id"]}
+
     def lock_reply(self, lease):
         """What the holder alone is told."""
-        shown = lease.public()
-        return {"token": self.swaps.token(lease), **{k: shown[k] for k in ("holder", "acquired_at", "expires_at", "expires_in", "fence", "note")}}
+        return {"token": self.swaps.token(lease), **{k: v for k, v in lease.public().items() if k not in ("locked", "queue")}}
 
     def serves(self, slot):
         """Names that the slot's engine answers to at this very moment."""
@@ -4160,7 +4171,7 @@ class App:
 
         With lock: stand in the queue, wait for a swap that runs, swap, tell the token. If it fails, the lease ends.
         """
-        config, lease, replay = self.store.current, None, lambda: self.swaps.answer_to(idempotency)
+        config, fence, replay = self.store.current, 0, lambda: self.swaps.answer_to(idempotency)
         if config.models[key].mode == "cluster" and len(slot.hosts) < 2:
             raise Refused(409, "needs_cluster", f"{key} is a cluster model, and slot {slot.name} has one Spark", slot=slot.name)
         options = {"rollback": config.settings["SWAP_ROLLBACK"], **options}
@@ -4170,31 +4181,28 @@ class App:
             deadline = time.monotonic() + (lock or {}).get("wait", 0)
             if lock is not None:
                 lease = self.take_lock(r, lock, options.get("token", ""), replay, swap="asked", told=bool(idempotency))
-                options["token"] = self.swaps.token(lease)
+                fence, options["token"] = lease.fence, self.swaps.token(lease)
             while True:
                 if not options.get("restart") and not options.get("dry_run") and not self.swaps.book.running and key in self.serves(slot):
                     if wait_s is None and lock is None:
                         raise Refused(409, "already_serving", f"{slot.name} serves {key} already; send restart: true to load it again",
                                       model=key, slot=slot.name)
-                    self.swaps.remember(idempotency, slot.name, key, lease.fence if lease else 0)
-                    return self.served_reply(slot.name, key, lease.fence if lease else 0)
+                    self.swaps.remember(idempotency, slot.name, key, fence)
+                    return self.served_reply(slot.name, key, fence)
                 try:
-                    swap = self.swaps.start(slot.name, key, key=idempotency, **options)
-                    return self.swap_reply(r, swap, wait_s, lease.fence if lease else 0)
+                    return self.swap_reply(r, self.swaps.start(slot.name, key, key=idempotency, **options), wait_s, fence)
                 except Refused as e:            # the lock is ours: what runs comes to its end, and nothing else begins
                     if e.code != "swap_running" or lock is None or time.monotonic() >= deadline or self.closing.is_set():
                         raise
                     self.poll(r, lambda: not self.swaps.book.running, deadline - time.monotonic())
-        except Answered:
-            if lease:
-                self.swaps.answered(lease.fence, gone=True)
+        except BaseException as e:
+            if fence:                           # it did not begin, or nobody is there to be told
+                self.swaps.answered(fence, gone=True)
+            if not isinstance(e, Answered):
+                raise
             found = replay()
             return self.swap_reply(r, self.swaps.get(found["swap"]), wait_s, found["fence"]) if found["swap"] else \
                 self.served_reply(found["slot"], found["model"], found["fence"])
-        except BaseException:
-            if lease:                           # it did not begin, or nobody is there to be told
-                self.swaps.answered(lease.fence, gone=True)
-            raise
 
     def lock_part(self, fence):
         lease = self.swaps.answered(fence) if fence else None
@@ -4212,7 +4220,6 @@ class App:
         location = {"Location": f"/api/swap/{swap.id}"}
         if wait_s is None:
             return 202, {**swap.public(), **self.lock_part(fence)}, location
-
         self.poll(r, lambda: self.ended(swap.id) if fence else self.swaps.get(swap.id).phase in TERMINAL, wait_s)
         if r and r.gone():
             raise ClientGone()
@@ -4228,13 +4235,11 @@ class App:
     def restart(self, name, client, token="", force=False):
         """Restart the container of a service -> what was done. Raises Refused 404, 409, 423, 502, 504."""
         config = self.store.current
-        service = config.layout.services.get(name)
-        if service is None or name in config.settings["DISABLED_SERVICES"] or not service.configured:
-            raise Refused(404, "unknown_service", f"no service {printable(name, 80)}", nearest=nearest(name, config.layout.services))
+        service = entry_of(self.services(config), "service", name)
         places = [*config.layout.slots.items(), *self.swaps.book.slots.items()]
         engines = {(host, place.container): slot for slot, place in places for host in place.hosts}
-        if (service.host, service.container) in engines:
-            raise Refused(409, "slot_engine", f"{name} is the engine of slot {engines[service.host, service.container]}: POST /api/swap with restart: true")
+        if slot := engines.get((service.host, service.container)):
+            raise Refused(409, "slot_engine", f"{name} is the engine of slot {slot}: POST /api/swap with restart: true")
         if not service.container or not service.host:
             raise Refused(409, "no_container", f"{name} has no host and container in services-overrides.yaml")
         self.swaps.permit(token, force, f"a restart of {name}", client)
@@ -4242,12 +4247,13 @@ class App:
         got = self.hosts.run(spark, f"docker restart -t 30 {quote_arg(service.container)}", 120)
         self.events.add("service_restart", f"{client} restarted {name}: {got.kind}", service=name, client=client)
         if got.kind != "ok":
-            raise Refused(504 if got.kind == "time_out" else 502, "restart_failed", f"{name} on {service.host}: {got.kind.replace('_', ' ')}: "
-                          f"{printable(got.err.strip()[-300:], 300)}", remedy=remedy_for(got, spark))
+            why = f"{name} on {service.host}: {got.kind.replace('_', ' ')}: {printable(got.err.strip()[-300:], 300)}"
+            raise Refused(504 if got.kind == "time_out" else 502, "restart_failed", why, remedy=remedy_for(got, spark))
         return f"container {service.container} on {service.host} was restarted"
 
     def warm(self, key, slot=None):
         """One tiny request to a served model -> how it answered. Raises Refused 409, 502."""
+        settings = self.store.settings
         slot = slot or next((slot for slot in self.store.current.layout.slots.values() if key in self.serves(slot)), None)
         if slot is None:
             raise Refused(409, "model_not_serving", f"{key} is not served now")
@@ -4255,7 +4261,7 @@ class App:
         path, body = warm_request(key, bool(plan and plan.pooling))
         began = time.monotonic()
         try:
-            status, _ = endpoint_of(slot, self.hosts, self.store.settings).request("POST", path, body, self.store.settings["SWAP_WARM_TIMEOUT"])
+            status, _ = endpoint_of(slot, self.hosts, settings).request("POST", path, body, settings["SWAP_WARM_TIMEOUT"])
         except (OSError, http.client.HTTPException) as e:
             status = type(e).__name__
         if status != 200:
@@ -4282,9 +4288,9 @@ class App:
             except (OSError, ValueError, http.client.HTTPException) as e:
                 detail = "no answer in time" if isinstance(e, TimeoutError) else "no answer"
             return {"name": name, "kind": kind, "ok": ok, "seconds": round(time.monotonic() - began, 3), "detail": detail}
-        slots, hidden = config.layout.slots.values(), config.settings["DISABLED_SERVICES"]
+        slots = config.layout.slots.values()
         asks = [(slot.name, "slot", functools.partial(self.warm, served[0], slot)) for slot in slots if (served := self.serves(slot))]
-        asks += [(s.name, s.kind, functools.partial(of_service, s)) for s in config.layout.services.values() if s.configured and s.name not in hidden]
+        asks += [(s.name, s.kind, functools.partial(of_service, s)) for s in self.services(config).values()]
         with ThreadPoolExecutor(16) as pool:
             rows = list(pool.map(answer, *zip(*asks))) if asks else []
         return {"ok": all(row["ok"] for row in rows), "services": rows}
@@ -4328,7 +4334,7 @@ def post_swap(app, r):
         if not 0 < len(given) <= 255:
             raise Refused(400, "bad_request", "Idempotency-Key must have 1 to 255 characters")
         idempotency = given, hashlib.sha256(to_json([sorted(r.json.items()), r.query.get("force", False)])).hexdigest()
-    model, slot = known_model(config, key), pick_slot(config, body.pop("slot", None))
+    model, slot = entry_of(config.models, "model", key), pick_slot(config, body.pop("slot", None))
     return app.swap(r, slot, model.key, {**body, **right_of(r)}, r.query.get("wait"), lock, idempotency)
 
 
@@ -4343,35 +4349,19 @@ def post_lock(app, r):
     return 201, app.lock_reply(lease)
 
 
-def post_schedule(app, r):
-    needed(r.json, "id")
-    return app.put_entry(r, "schedule", app.schedules)
-
-
 def post_job(app, r):
     needed(r.json, "id", "kind", "cron", *filter(None, [JOB_NEEDS.get(r.json.get("kind"))]))
-    config, service = app.store.current, r.json.get("service")
-    if "model" in r.json:
-        known_model(config, r.json["model"])
-    if "slot" in r.json:
-        pick_slot(config, r.json["slot"])
-    if service and service not in config.layout.services:
-        raise Refused(404, "unknown_service", f"no service {service}", nearest=nearest(service, config.layout.services))
+    config = app.store.current
+    for what, entries in (("model", config.models), ("slot", config.layout.slots), ("service", config.layout.services)):
+        if what in r.json:
+            entry_of(entries, what, r.json[what])
     return app.put_entry(r, "job", app.jobs)
 
 
-def delete_entry(what):
-    def handler(app, r):
-        (app.schedules if what == "schedule" else app.jobs).register.change(r.args["id"], lambda old: None)
-        app.events.add(what + "_removed", f"{r.client} removed {what} {r.args['id']}", client=r.client, id=r.args["id"])
-        return 200, {"deleted": r.args["id"]}
-    return handler
-
-
 def get_webhooks(app, r):
-    settings = app.store.current.settings
-    return 200, {"receivers": len(settings["WEBHOOK_URL"]), "events": list(settings["WEBHOOK_EVENTS"]), "signed": bool(settings["WEBHOOK_SECRET"]),
-                 "deliveries": app.webhooks.deliveries()}
+    settings = app.store.settings
+    return 200, {"receivers": len(settings["WEBHOOK_URL"]), "events": settings["WEBHOOK_EVENTS"],
+                 "signed": bool(settings["WEBHOOK_SECRET"]), "deliveries": app.webhooks.deliveries()}
 
 
 def post_webhook_test(app, r):
@@ -4388,16 +4378,15 @@ def post_webhook_test(app, r):
 
 def get_swaps(app, r):
     running = app.swaps.book.running
-    return 200, {"running": running.public() if running else None, "recent": [s.public() for s in app.swaps.recent]}
+    return 200, {"running": running and running.public(), "recent": [s.public() for s in app.swaps.recent]}
 
 
 def get_swap(app, r):
-    swap, wait_s = app.swaps.get(r.args["id"]), r.query.get("wait", 0)
-    since = r.query.get("since")
-    over = lambda s: s.phase in TERMINAL or since is not None and s.seq > since
-    if not over(swap):
-        app.poll(r, lambda: over(app.swaps.get(swap.id)), wait_s)
-    return 200, app.swaps.get(swap.id).public()
+    swap, since = functools.partial(app.swaps.get, r.args["id"]), r.query.get("since", math.inf)
+    over = lambda: swap().phase in TERMINAL or swap().seq > since
+    if not over():
+        app.poll(r, over, r.query.get("wait", 0))
+    return 200, swap().public()
 
 
 def stream_swap(app, r):
@@ -4439,11 +4428,6 @@ def stream_swap(app, r):
     return 200, app.parking()(run)
 
 
-def get_settings(app, r):
-    settings = app.store.current.settings
-    return 200, {"settings": settings.public(), "warnings": list(settings.warnings)}
-
-
 def get_v1_models(app, r):
     find = app.store.current.find
     return 200, {"object": "list", "data": [
@@ -4464,7 +4448,7 @@ class Route(NamedTuple):
         return re.fullmatch(pattern, path)
 
 
-WAIT, FORCE = {"wait": number(0, 86400)}, {"force": flag}
+WAIT, FORCE, SINCE = {"wait": number(0, 86400)}, {"force": flag}, {"since": number(0, 10**15, int)}
 LOCK_BODY = {"holder": line_of(100), "ttl": amount(1, LEASE_MAX_S, "seconds"), "wait": amount(0, 86400, "seconds"), "note": line_of(500)}
 SWAP_BODY = {"model": line_of(200), "slot": line_of(64), "dry_run": boolean, "rollback": boolean, "restart": boolean,
              "skip_checks": lambda value: tuple(map(choice(*list(CHECKS)[1:]), expect("list", value))), "note": line_of(500),
@@ -4474,28 +4458,32 @@ ROUTES = (
     Route("GET",    "/healthz",              lambda app, r: (200, {"status": "ok", "version": VERSION}), open=True),
     Route("GET",    "/api/state",            get_state, {"since": line_of(80), "wait": number(0, 55)}),
     Route("GET",    "/api/models",           lambda app, r: (200, {"models": app.models(app.store.current)})),
-    Route("GET",    "/api/models/{key}",     lambda app, r: (200, app.models(app.store.current, known_model(app.store.current, r.args["key"]).key)[0])),
+    Route("GET",    "/api/models/{key}",
+          lambda app, r: (200, entry_of({m["key"]: m for m in app.models(app.store.current)}, "model", r.args["key"]))),
     Route("GET",    "/api/swap",             get_swaps),
     Route("POST",   "/api/swap",             post_swap, WAIT | FORCE, SWAP_BODY),
     Route("GET",    "/api/swap/lock",        lambda app, r: (200, app.swaps.lock_info())),
     Route("POST",   "/api/swap/lock",        post_lock, {}, LOCK_BODY),
     Route("DELETE", "/api/swap/lock",        lambda app, r: (200, {"locked": False, "released": app.swaps.release(**right_of(r))}), FORCE),
-    Route("GET",    "/api/swap/{id}",        get_swap, {**WAIT, "since": number(0, 10**15, int)}),
+    Route("GET",    "/api/swap/{id}",        get_swap, WAIT | SINCE),
     Route("DELETE", "/api/swap/{id}",        lambda app, r: (202, app.swaps.cancel(r.args["id"], **right_of(r)).public()), FORCE),
     Route("GET",    "/api/swap/{id}/stream", stream_swap),
     Route("POST",   "/api/unload",           post_unload, WAIT | FORCE, {"slot": line_of(64), "note": line_of(500)}),
     Route("GET",    "/api/schedule",         lambda app, r: (200, dict(zip(("schedules", "conflicts"), app.schedules.view())))),
-    Route("POST",   "/api/schedule",         post_schedule, {}, {k: v for k, v in SCHEDULE.items() if k != "registered_at"}),
-    Route("DELETE", "/api/schedule/{id}",    delete_entry("schedule")),
+    Route("POST",   "/api/schedule",         lambda app, r: app.put_entry(r, "schedule", app.schedules), {},
+          {k: v for k, v in SCHEDULE.items() if k != "registered_at"}),
+    Route("DELETE", "/api/schedule/{id}",    lambda app, r: app.drop_entry(r, "schedule", app.schedules)),
     Route("GET",    "/api/jobs",             lambda app, r: (200, {"jobs": app.jobs.shown()})),
     Route("POST",   "/api/jobs",             post_job, {}, JOB),
-    Route("DELETE", "/api/jobs/{id}",        delete_entry("job")),
+    Route("DELETE", "/api/jobs/{id}",        lambda app, r: app.drop_entry(r, "job", app.jobs)),
     Route("GET",    "/api/webhooks",         get_webhooks),
     Route("POST",   "/api/webhooks/test",    post_webhook_test),
-    Route("POST",   "/api/services/{name}/restart", lambda app, r: (200, {"restarted": r.args["name"], "detail": app.restart(r.args["name"], **right_of(r))}), FORCE),
+    Route("POST",   "/api/services/{name}/restart",
+          lambda app, r: (200, {"restarted": r.args["name"], "detail": app.restart(r.args["name"], **right_of(r))}), FORCE),
     Route("GET",    "/api/health/deep",      lambda app, r: (200, app.health())),
-    Route("GET",    "/api/events",           lambda app, r: (200, {"events": app.events.since(r.query.get("since", 0))}), {"since": number(0, 10**15, int)}),
-    Route("GET",    "/api/settings",         get_settings),
+    Route("GET",    "/api/events",           lambda app, r: (200, {"events": app.events.since(r.query.get("since", 0))}), SINCE),
+    Route("GET",    "/api/settings",         lambda app, r: (200, {"settings": app.store.settings.public(),
+                                                                   "warnings": app.store.settings.warnings})),
     Route("GET",    "/v1/models",            get_v1_models),
 )
 
