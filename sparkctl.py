@@ -3553,7 +3553,7 @@ class Monitor:
         self.manager = None                     # set once, before start()
         self._lock = threading.Lock()
         self._slots = {}                        # guarded by _lock; name -> SlotView
-        self._sparks = {}                       # guarded by _lock; name -> SparkView
+        self._sparks = {}                       # name -> SparkView, replaced whole by the one thread of that Spark
         self._watched = set()                   # slots that have a thread; of start(), then of the thread `config`
         self._closing = threading.Event()
 
@@ -3576,8 +3576,7 @@ class Monitor:
             return self._slots.get(name, SlotView(Probe("unknown"), utc()))
 
     def spark(self, name):
-        with self._lock:
-            return self._sparks.get(name, SparkView("unknown"))
+        return self._sparks.get(name, SparkView("unknown"))
 
     def observe(self, name, probe, foreign=False):
         """Record what a slot answered; foreign: seen by a poll, so that a change is none of our swaps' doing."""
@@ -3617,8 +3616,7 @@ class Monitor:
         else:
             remedy = remedy_for(got, self._store.sparks[name])
             view = SparkView("unreachable", why_not(got), remedy, old.seen_at, failures=old.failures + 1)
-        with self._lock:
-            self._sparks[name] = view
+        self._sparks[name] = view
         if old[:3] + old[4:5] != view[:3] + view[4:5]:      # all but when
             self._hub.bump()
         if old.state not in ("unknown", view.state):
@@ -4376,11 +4374,6 @@ def post_webhook_test(app, r):
     return 200, {"deliveries": mine()}
 
 
-def get_swaps(app, r):
-    running = app.swaps.book.running
-    return 200, {"running": running and running.public(), "recent": [s.public() for s in app.swaps.recent]}
-
-
 def get_swap(app, r):
     swap, since = functools.partial(app.swaps.get, r.args["id"]), r.query.get("since", math.inf)
     over = lambda: swap().phase in TERMINAL or swap().seq > since
@@ -4460,7 +4453,8 @@ ROUTES = (
     Route("GET",    "/api/models",           lambda app, r: (200, {"models": app.models(app.store.current)})),
     Route("GET",    "/api/models/{key}",
           lambda app, r: (200, entry_of({m["key"]: m for m in app.models(app.store.current)}, "model", r.args["key"]))),
-    Route("GET",    "/api/swap",             get_swaps),
+    Route("GET",    "/api/swap",             lambda app, r: (200, {"running": (s := app.swaps.book.running) and s.public(),
+                                                                   "recent": [old.public() for old in app.swaps.recent]})),
     Route("POST",   "/api/swap",             post_swap, WAIT | FORCE, SWAP_BODY),
     Route("GET",    "/api/swap/lock",        lambda app, r: (200, app.swaps.lock_info())),
     Route("POST",   "/api/swap/lock",        post_lock, {}, LOCK_BODY),
