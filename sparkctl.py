@@ -33,7 +33,7 @@ and `slot-NAME` poll, one each, so that a dead Spark delays only itself; `follow
 Locks: Arbiter._lock guards the one decision who may start what, and is held until the journal has it; Hub.changed the
 version that long-polls wait on; Gate._cond the holding and counting of requests; Events._lock, SwapLog._lock and
 Register._lock a list and its file; Webhooks._lock deliveries and queues; Jobs._lock which jobs run; Monitor._lock what
-the polls last saw; Hosts._lock the resolved addresses; Server._idle the count of replies in flight. No lock is held
+the slots' polls last saw; Hosts._lock the resolved addresses; Server._idle the count of replies in flight. No lock is held
 across ssh, HTTP or sleep, and no two at once. What is published is immutable and replaced whole: readers take no lock.
 Trusted: the two YAML files, the environment, the user that ssh logs in as. Not trusted: clients, web pages in
 the owner's browser, what an engine or a Spark answers.
@@ -339,6 +339,15 @@ def to_json(value):
 def nearest(word, known):
     """The most similar known word, or None: for `did you mean`."""
     return next(iter(difflib.get_close_matches(str(word)[:100], list(known), n=1)), None)
+
+
+def entry_of(entries, what, name, **details):
+    """entries[name]. Raises Refused 404 with the nearest name that there is."""
+    if name in entries:
+        return entries[name]
+    hint = nearest(name, entries)
+    message = f"no {what} {printable(name, 80)}" + (f"; did you mean {hint}?" if hint else "")
+    raise Refused(404, "unknown_" + what, message, nearest=hint, **details)
 
 
 def checked(given, fields, where):
@@ -3310,8 +3319,8 @@ class Register:
         """Replace an entry by change(entry or None); None drops it -> the new one. Raises Refused 404, 409, 503."""
         with self._lock:
             entry = change(self.entries.get(key))
-            if entry is None and key not in self.entries:
-                raise Refused(404, "unknown_" + self._what, f"no {self._what} {printable(key, 80)}", nearest=nearest(key, self.entries))
+            if entry is None:
+                entry_of(self.entries, self._what, key)     # Refused, if there is none to drop
             entries = {k: v for k, v in self.entries.items() if k != key} | ({key: entry} if entry is not None else {})
             if len(entries) > self.MOST:
                 raise Refused(409, "too_many", f"at most {self.MOST} are kept")
@@ -3931,15 +3940,6 @@ def parse_json(body):
     return got
 
 
-def entry_of(entries, what, name, **details):
-    """entries[name]. Raises Refused 404 with the nearest name that there is."""
-    if name in entries:
-        return entries[name]
-    hint = nearest(name, entries)
-    message = f"no {what} {printable(name, 80)}" + (f"; did you mean {hint}?" if hint else "")
-    raise Refused(404, "unknown_" + what, message, nearest=hint, **details)
-
-
 def pick_slot(config, name):
     slots = config.layout.slots
     if not slots:
@@ -4286,8 +4286,8 @@ class App:
             except (OSError, ValueError, http.client.HTTPException) as e:
                 detail = "no answer in time" if isinstance(e, TimeoutError) else "no answer"
             return {"name": name, "kind": kind, "ok": ok, "seconds": round(time.monotonic() - began, 3), "detail": detail}
-        slots = config.layout.slots.values()
-        asks = [(slot.name, "slot", functools.partial(self.warm, served[0], slot)) for slot in slots if (served := self.serves(slot))]
+        asks = [(slot.name, "slot", functools.partial(self.warm, served[0], slot))
+                for slot in config.layout.slots.values() if (served := self.serves(slot))]
         asks += [(s.name, s.kind, functools.partial(of_service, s)) for s in self.services(config).values()]
         with ThreadPoolExecutor(16) as pool:
             rows = list(pool.map(answer, *zip(*asks))) if asks else []
