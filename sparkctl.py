@@ -1608,7 +1608,7 @@ class Swap:
     @property
     def holds(self):
         """Whether requests for the slot wait: it does not serve, or will not in a moment."""
-        return self.phase not in TERMINAL and (self.phase not in ("queued", "checking") or bool(self.rollback_of))
+        return self.phase not in TERMINAL and (self.phase not in ("queued", "checking") or bool(self.rollback_of or self.previous))
 
     def public(self):
         """The shape of the API."""
@@ -2385,7 +2385,7 @@ class SwapRun:
         """Until the engine itself answers for this model; see _watch for what ends it early."""
         settings, port = self.config.settings, s.plan.port
         while True:
-            self._watch(s, 0.15)
+            self._watch(s, 0.1)
             probe = probe_vllm_endpoint(self.endpoint(self.slot), 1.0)
             if {s.model, *s.plan.served_names} & set(probe.served):
                 return self.m._enter("warming")
@@ -2731,13 +2731,13 @@ class Arbiter:
                         "fence": lease.fence if lease and lease.swap else 0, "holder": lease.holder if lease and lease.swap else ""}
         return book.replace(keys=kept)
 
-    def remember(self, key, slot, model, fence):
-        """Keep that a request with a key found its model served already. Raises Answered if it was answered meanwhile, Refused."""
+    def remember(self, key, slot, model, token, force):
+        """Keep what a request is answered that found its model served already. Raises Answered, and Refused if its token is void."""
         with self._changing() as news:
             book = self._settle_locked(news)
             if self.answer_to(key):
                 raise Answered()
-            lease = book.lease if book.lease and book.lease.fence == fence else None
+            lease = self.right_locked(token, force)[0] if token else None
             if key:
                 self._commit_locked(self._keyed(book, key, "", slot, model, lease))
 
@@ -2903,8 +2903,10 @@ class SwapManager(Arbiter):
         if book.lease and book.lease.swap:
             back = book.running and book.running.rollback_of
             if book.lease.swap not in live | {back}:        # "asked", whose client is gone, or a swap that is over
-                s = over.get(book.lease.swap)
-                book = book.replace(lease=s and book.lease.told and lease_after(book.lease, s, False) or None)
+                s, lease = over.get(book.lease.swap), book.lease
+                book = book.replace(lease=s and lease.told and lease_after(lease, s, False) or None)
+                if not book.lease:
+                    self._events("lock_released", f"the lock of {lease.holder} ended while sparkctl was away: nobody was told", **lease.facts())
             elif not book.lease.told:
                 book = book.replace(lease=book.lease.replace(orphan=True))
         with self._lock:
@@ -3031,7 +3033,7 @@ class SwapManager(Arbiter):
             if not s.dry_run:
                 write_state(os.path.join(self.dir, s.id + ".json"), s.journal())
             following = book.waiting
-            if following and s.rollback_of:     # it gave way: what it would have brought back is still what to go back to
+            if following and s.rollback_of and phase != "ready":        # it gave way: what it would have brought back is still owed
                 following = dataclasses.replace(following, previous=s.plan)
             elif rollback:
                 following = Swap(s.rollback_id, s.slot, s.previous.model, started_at=utc(now), phase_began=now,
@@ -3051,7 +3053,7 @@ class SwapManager(Arbiter):
                 told = {"ready": "swap_complete", "failed": "swap_failed", "cancelled": "swap_cancelled"}[phase]
                 news.append((told, f"{s.model or 'unload'} on {s.slot}: {phase}" + (f", {s.error['message']}" if s.error else ""), {
                     "swap": s.id, "slot": s.slot, "model": s.model, "rollback_of": s.rollback_of, "holder": s.holder, "payload": webhook_payload(s)}))
-        if not (following and following.slot == s.slot and (rollback or following.rollback_of or s.rollback_of)):
+        if not (following and following.slot == s.slot and (rollback or following.rollback_of or following.previous)):
             self.gate.release(s.slot)
         for o in old:
             for suffix in (".json", ".log", ".engine.log"):
@@ -3514,7 +3516,7 @@ class Jobs:
         try:
             outcome, detail = "ok", self._actions[job["kind"]](job, lambda **facts: self._record(job["id"], **facts), swap)
         except (Refused, Answered) as e:
-            outcome, detail = "failed", str(e) or "it was deleted or disabled meanwhile"
+            outcome, detail = "failed", str(e) or "it was deleted or changed meanwhile"
         except Exception as e:
             log(f"job {job['id']}: {type(e).__name__}: {e}\n{traceback.format_exc()}")
             outcome, detail = "failed", "an internal error; sparkctl's own log has it"
@@ -3970,14 +3972,17 @@ def job_locked(action):
         if swap_id:                             # its lock came through the restart too, and ends with the swap
             return swap_outcome(app, swap_id)
         deadline = time.monotonic() + job.get("wait", 600)
-        gone = lambda: app.jobs.register.entries.get(job["id"], {"enabled": False}).get("enabled") is False
+
+        def gone():
+            now = app.jobs.register.entries.get(job["id"], {"enabled": False})
+            return now.get("enabled") is False or any(now.get(k) != job.get(k) for k in ("kind", "model", "slot", "service"))
         while True:
-            wish = {"holder": f"job {job['id']}", "ttl": LEASE_MAX_S, "note": job.get("note", "")}
+            wish = {"holder": f"job {job['id']}", "ttl": 900, "note": job.get("note", "")}
             wish["wait"] = max(0, deadline - time.monotonic())
             lease = app.take_lock(None, wish, until=gone, swap="asked", told=False)     # or Answered, if it is gone
             try:
                 if gone():
-                    raise Refused(409, "job_gone", "it was deleted or disabled meanwhile")
+                    raise Refused(409, "job_gone", "it was deleted or changed meanwhile")
                 return action(app, job, tell, app.swaps.token(lease))
             except Refused as e:                # for what only takes time others need not wait
                 busy, left = e.code == "swap_running", deadline - time.monotonic()
@@ -3987,7 +3992,7 @@ def job_locked(action):
             finally:
                 if not app.closing.is_set():
                     app.swaps.end_lease(lease.fence, "its job is done")
-            app.poll(None, lambda: busy and not app.swaps.book.running, pause)
+            app.poll(None, lambda: busy and not app.swaps.book.running or gone(), pause)
     return run
 
 
@@ -4115,6 +4120,8 @@ class App:
     def poll(self, r, predicate, wait_s):
         """Park until predicate() or wait_s is over or we stop. Raises ClientGone if the client of r (None: a job) hangs up meanwhile."""
         deadline = time.monotonic() + wait_s
+        if wait_s <= 0 or predicate():
+            return
         with self.parking() if r else contextlib.nullcontext():
             while not self.hub.wait_for(lambda: predicate() or self.closing.is_set(), max(0.0, min(1.0, deadline - time.monotonic()))):
                 if r and r.gone():
@@ -4185,14 +4192,19 @@ class App:
                     if wait_s is None and lock is None:
                         raise Refused(409, "already_serving", f"{slot.name} serves {key} already; send restart: true to load it again",
                                       model=key, slot=slot.name)
-                    self.swaps.remember(idempotency, slot.name, key, fence)
+                    self.swaps.remember(idempotency, slot.name, key, options.get("token", ""), options.get("force", False))
                     return self.served_reply(slot.name, key, fence)
                 try:
-                    return self.swap_reply(r, self.swaps.start(slot.name, key, key=idempotency, **options), wait_s, fence)
+                    swap = self.swaps.start(slot.name, key, key=idempotency, **options)
+                    break
                 except Refused as e:            # the lock is ours: what runs comes to its end, and nothing else begins
                     if e.code != "swap_running" or lock is None or time.monotonic() >= deadline or self.closing.is_set():
                         raise
                     self.poll(r, lambda: not self.swaps.book.running, deadline - time.monotonic())
+            status, body, headers = self.swap_reply(r, swap, wait_s, fence)
+            if fence and "lock" not in body and body["phase"] not in ("failed", "cancelled"):
+                raise Refused(409, "lock_lost", f"the lock was ended by force; swap {swap.id} is {body['phase']}", swap=swap.id)
+            return status, body, headers
         except BaseException as e:
             if fence:                           # it did not begin, or nobody is there to be told
                 self.swaps.answered(fence, gone=True)
@@ -4218,7 +4230,8 @@ class App:
         location = {"Location": f"/api/swap/{swap.id}"}
         if wait_s is None:
             return 202, {**swap.public(), **self.lock_part(fence)}, location
-        self.poll(r, lambda: self.ended(swap.id) if fence else self.swaps.get(swap.id).phase in TERMINAL, wait_s)
+        with contextlib.suppress(Refused):      # too many wait already: then 504 tells that it runs
+            self.poll(r, lambda: self.ended(swap.id) if fence else self.swaps.get(swap.id).phase in TERMINAL, wait_s)
         if r and r.gone():
             raise ClientGone()
         swap = self.swaps.get(swap.id)

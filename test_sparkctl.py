@@ -592,6 +592,13 @@ def test_the_time_of_a_combined_lock_runs_from_its_answer_on(two):
     assert two.post("/api/swap", {"model": "alpha", "lock": {}}).json["error"]["field"] == "holder"
 
 
+def test_the_lock_of_a_swap_that_is_not_waited_for_begins_to_run_out_when_it_serves(two):
+    two.rig.behave("spark1", "alpha", load=4)
+    mine = two.post("/api/swap", {"model": "alpha", "lock": {"holder": "a", "ttl": 3}}).json["lock"]
+    assert two.idle()[0]["phase"] == "ready" and two.get("/api/swap/lock").json["fence"] == mine["fence"]
+    assert two.call("DELETE", "/api/swap/lock", headers=token(mine["token"])).json["released"]
+
+
 def test_a_dry_run_gives_way_to_a_real_swap(two):
     two.rig.control("spark1", "latency", 2)
     dry = background(two.swap, "beta", dry_run=True)
@@ -680,6 +687,53 @@ def test_refusals_are_not_kept_under_their_key_and_a_served_model_is(two):
     assert two.post("/api/swap?wait=30", {"model": "alpha"}, headers=key).json["id"] == first.json["id"]
     assert serves(two)["model"] == "beta"
     assert two.post("/api/swap", {"model": "alpha"}, headers={"Idempotency-Key": ""}).status == 400
+
+
+def test_who_lost_the_lock_learns_it_though_the_model_is_served(two):
+    two.rig.behave("spark1", "alpha", load=2)
+    plain = two.post("/api/swap", {"model": "alpha"}).json["id"]
+    answer = background(combined, two, "alpha", holder="night", wait=60)
+    until(lambda: two.get("/api/swap/lock").json["locked"])
+    assert two.call("DELETE", "/api/swap/lock?force=true").status == 200
+    thief = lock(two, "thief")
+    assert answer.result(60).status in (409, 423) and two.get(f"/api/swap/{plain}").json["phase"] == "ready"
+    two.call("DELETE", "/api/swap/lock", headers=token(thief["token"]))
+    assert two.post("/api/swap?wait=5", {"model": "alpha"}, headers=token(thief["token"])).code == "lock_lost"
+    two.rig.behave("spark1", "beta", load=2)
+    answer = background(combined, two, "beta", holder="night")
+    two.phase("loading")
+    assert two.call("DELETE", "/api/swap/lock?force=true").status == 200
+    assert answer.result(60).code == "lock_lost" and serves(two)["model"] == "beta"
+
+
+def test_a_rollback_that_ended_well_is_not_owed_to_the_swap_that_waited_for_it(tmp_path):
+    m = manager(tmp_path)
+    m.start("main", "alpha")
+    finish(m)
+    m.start("main", "beta")
+    m._enter("checking")
+    m._enter("draining")
+    m._enter("stopping", touched=True, previous=m.book.slots["main"])
+    m._conclude("failed", rollback=True, plans={"main": None}, error={"code": "x", "message": "x", "remedy": ""})
+    waits = m.start("main", "beta")
+    assert m.book.running.rollback_of and m.book.waiting.id == waits.id
+    finish(m)                                               # the rollback came to its end before it heard of the other
+    assert m.book.running.id == waits.id and m.book.running.previous is None and not m.gate.is_held("main")
+
+
+def test_requests_are_held_through_a_restart_while_a_swap_that_took_a_rollbacks_place_is_checked(tmp_path):
+    m = manager(tmp_path)
+    m.start("main", "alpha")
+    finish(m)
+    m.start("main", "beta")
+    m._enter("checking")
+    m._enter("draining")
+    m._enter("stopping", touched=True, previous=m.book.slots["main"])
+    m._conclude("failed", rollback=True, plans={"main": None}, error={"code": "x", "message": "x", "remedy": ""})
+    m.start("main", "beta")
+    m._enter("checking")
+    m._conclude("cancelled")
+    assert m.book.running.previous.model == "alpha" and m.book.running.holds and manager(tmp_path).gate.is_held("main")
 
 
 def test_a_key_is_good_for_a_day(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def failures(program, rig, rounds):
     spent = []
     for _ in range(rounds):
         rig.behave("spark1", "beta", mode="die", load=0.6)
-        swap = program.post("/api/swap", {"model": "beta", "rollback": False, "restart": True}).json
+        swap = program.post("/api/swap?force=true", {"model": "beta", "rollback": False, "restart": True}).json      # three failures would be enough
         program.phase("loading")
         pid = t.until(lambda: [e[0] for e in rig.engines("spark1") if "org/beta" in e[1]])[0]
         t.until(lambda: not t.alive(pid))
