@@ -2616,13 +2616,13 @@ class Arbiter:
             lease = self._settle_locked(news).lease
             ticket = types.SimpleNamespace(holder=holder, ttl=ttl, note=note, client=client, swap=swap, told=told, lease=None, new=False)
             if token and not (lease and self._is_token(lease, token)):      # silence would hide that the lock was not exclusive
-                raise Refused(409, "lock_lost", "the lock of this token is over; take it again without the token", **(lease.public() if lease else {}))
+                raise Refused(409, "lock_lost", "the lock of this token is over: take it again without the token", **(lease.public() if lease else {}))
             if lease and token:
-                if lease.holder != holder:
+                if holder and lease.holder != holder:
                     raise Refused(422, "bad_field", f"holder must be {lease.holder}, whose token was sent", field="holder")
                 ticket.lease = lease.extended(ttl)
                 self._commit_locked(self.book.replace(lease=ticket.lease))
-                news.append(("lock_extended", f"{holder} holds the lock for {ttl:g} s more", lease.facts(client)))
+                news.append(("lock_extended", f"{lease.holder} holds the lock for {ttl:g} s more", lease.facts(client)))
             elif not lease:
                 self._grant_locked(ticket, news)
             elif not queue_up:
@@ -2639,7 +2639,8 @@ class Arbiter:
         doing = {"swap": running.id, "phase": running.phase, "swap_eta_seconds": running.eta_seconds} if running else {}
         told = lease.public(len(self._queue))
         del told["locked"]
-        return Refused(status, code, f"{lease.holder} holds the lock until {told['expires_at']}" + (f" ({lease.note})" if lease.note else ""),
+        return Refused(status, code, f"{lease.holder} holds the lock until {told['expires_at']}" + (f" ({lease.note})" if lease.note else "")
+                       + "; take the lock with a `wait`, or overrule it with force=true",
                        {"Retry-After": str(max(1, math.ceil(lease.left())))}, **told, eta_seconds=told["expires_in"], **doing)
 
     def leave(self, ticket, drop=False):
@@ -2697,7 +2698,7 @@ class Arbiter:
         if force or (self._is_token(lease, token) if lease else not token):
             return (None, lease) if lease and not self._is_token(lease, token) else (lease, None)
         if not lease:                           # as a fence: whoever thinks that it holds the lock must learn that it does not
-            raise Refused(409, "lock_lost", "the lock of this token is over")
+            raise Refused(409, "lock_lost", "the lock of this token is over: take the lock again")
         raise self.held_locked(423, "swap_locked")
 
     def permit(self, token, force, what, client):
@@ -3979,6 +3980,7 @@ def job_locked(action):
         while True:
             wish = {"holder": f"job {job['id']}", "ttl": 900, "note": job.get("note", "")}
             wish["wait"] = max(0, deadline - time.monotonic())
+            tell(detail="waits for the lock")
             lease = app.take_lock(None, wish, until=gone, swap="asked", told=False)     # or Answered, if it is gone
             try:
                 if gone():
@@ -3989,6 +3991,7 @@ def job_locked(action):
                 if e.code not in ("swap_running", "serving_too_short") or left <= 0:
                     raise
                 pause = left if busy else min(left, e.details["eta_seconds"])
+                tell(detail=printable(f"waits: {e}", 500))
             finally:
                 if not app.closing.is_set():
                     app.swaps.end_lease(lease.fence, "its job is done")
@@ -4061,7 +4064,7 @@ class App:
         self.hub.bump()                         # parked long-polls answer now
         self.monitor.close()
         self.swaps.close()
-        self.events.add("stopped", "sparkctl was told to end; engines go on")
+        self.events.add("stopped", "sparkctl was told to end")
         self.hosts.close()
 
     # --- what is shown
@@ -4133,9 +4136,9 @@ class App:
 
     def take_lock(self, r, wish, token="", until=lambda: False, **more):
         """The lease that wish, {holder, ttl, wait, note}, asks for, after standing in the queue. Raises Refused, ClientGone."""
-        needed(wish, "holder")
+        needed(wish, *([] if token else ["holder"]))
         wait_s, client = wish.get("wait", 0), r.client if r else ""
-        ticket = self.swaps.acquire(wish["holder"], wish.get("ttl", 900), token, wait_s > 0, wish.get("note", ""), client, **more)
+        ticket = self.swaps.acquire(wish.get("holder", ""), wish.get("ttl", 900), token, wait_s > 0, wish.get("note", ""), client, **more)
         try:
             if not ticket.lease:
                 self.poll(r, lambda: ticket.lease or until(), wait_s)
@@ -4968,8 +4971,8 @@ def main(argv):
             folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="sparkctl-demo-"))
             args.data = args.data or folder
             args.models, args.services = os.path.join(folder, "models.yaml"), os.path.join(folder, "services-overrides.yaml")
-            kept = ("SPARKCTL_BIND", "SPARKCTL_PORT", "SPARKCTL_API_KEY")
-            environ = {k: v for k, v in os.environ.items() if k not in SETTING or k in kept} | demo_setup(folder)
+            real = re.compile(r"SPARK\d_|VLLM_|LAUNCH_DIR|LOCAL_MODEL_ROOTS|MODELS_OVERRIDES|SPARKCTL_DATA|DISABLED_SERVICES")
+            environ = {k: v for k, v in os.environ.items() if not real.match(k)} | demo_setup(folder)
         settings, data_dir, paths = build_settings(args, environ)
         found = []
         try:

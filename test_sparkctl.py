@@ -2149,7 +2149,28 @@ def test_a_recipe_whose_swap_fails_tells_why_and_leaves_no_lock(start, tmp_path)
     p = start(args=("--demo",))
     recipe = next(r for r in RECIPES if "Idempotency-Key" in r).replace("localhost:9999", f"127.0.0.1:{p.port}").replace('{"model": "tiny-chat", "lock"', '{"model": "too-greedy", "lock"')
     got = subprocess.run(["bash", "-c", recipe], capture_output=True, text=True, timeout=60)
-    assert got.returncode == 1 and "too-greedy" in got.stdout and p.get("/api/swap/lock").json == {"locked": False}
+    assert got.returncode == 22 and "too-greedy" in got.stdout and p.get("/api/swap/lock").json == {"locked": False}
+
+
+def test_the_recipe_that_extends_its_lock_ends_as_its_work_does_and_with_the_lock(start, tmp_path):
+    p = start(args=("--demo",))
+    recipe = next(r for r in RECIPES if "kill -0" in r).replace("localhost:9999", f"127.0.0.1:{p.port}")
+    run = lambda work: subprocess.Popen(["bash", "-c", recipe.replace("sleep 2 &", f"{work} &")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    got = run("(sleep 1; exit 3)")
+    assert got.wait(30) == 3 and p.get("/api/swap/lock").json == {"locked": False}
+    got = run("sleep 61.7")
+    until(lambda: p.get("/api/swap/lock").json["locked"])
+    p.call("DELETE", "/api/swap/lock?force=true")
+    assert got.wait(30) == 22 and b"lock_lost" in got.stdout.read() and not pids_of("sleep 61.7")
+
+
+def pids_of(command):
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes() == command.replace(" ", "\0").encode() + b"\0" and alive(pid):
+                found.append(pid)
+    return found
 
 
 def test_the_webhook_check_of_the_readme_is_right():
