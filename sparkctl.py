@@ -1627,8 +1627,9 @@ class Swap:
     def from_journal(cls, got):
         """Raises TypeError, ValueError or AttributeError for another shape."""
         plan = functools.partial(restore, Plan)
-        return check_swap(restore(cls, got, plan=plan, previous=plan, ended_at=lambda at: utc(parse_utc(at)), checks=lambda rows: tuple(Check(*row) for row in rows), phases=lambda rows: tuple(
-            (str(p), str(at), None if took is None else float(took)) for p, at, took in rows)))
+        return check_swap(restore(
+            cls, got, plan=plan, previous=plan, ended_at=lambda at: utc(parse_utc(at)), checks=lambda rows: tuple(Check(*row) for row in rows),
+            phases=lambda rows: tuple((str(p), str(at), None if took is None else float(took)) for p, at, took in rows)))
 
 
 def advance(s, phase, now, **facts):
@@ -1692,9 +1693,9 @@ def memory_need_gb(model, total_gb, nodes):
 
 def webhook_payload(s):
     """What a webhook says of a swap that is over."""
-    return {"id": s.id, "slot": s.slot, "model": s.model, "from_model": s.from_model, "outcome": s.phase, "started": s.started_at, "finished": s.ended_at,
-            "phases": [{"phase": p, "seconds": took} for p, _, took in s.phases], "error": s.error, "holder": s.holder, "forced": s.forced,
-            "note": s.note, "rollback_of": s.rollback_of}
+    same = ("id", "slot", "model", "from_model", "error", "holder", "forced", "note", "rollback_of")
+    return {**{name: getattr(s, name) for name in same}, "outcome": s.phase, "started": s.started_at, "finished": s.ended_at,
+            "phases": [{"phase": p, "seconds": took} for p, _, took in s.phases]}
 
 
 LEASE_MAX_S = 86400
@@ -2707,7 +2708,8 @@ class Arbiter:
             self._settle_locked(news)
             overridden, running = self.right_locked(token, force)[1], self.book.running
             if running and not force:
-                raise Refused(409, "swap_running", f"a swap to {running.model or 'nothing'} is running on {running.slot}", swap=running.id, phase=running.phase)
+                said = f"a swap to {running.model or 'nothing'} is running on {running.slot}"
+                raise Refused(409, "swap_running", said, swap=running.id, phase=running.phase)
             if overridden:
                 news.append(("lock_override", f"{client} overrode the lock of {overridden.holder} for {what}", overridden.facts(client)))
 

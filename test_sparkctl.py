@@ -706,7 +706,8 @@ def test_who_lost_the_lock_learns_it_though_the_model_is_served(two):
     assert answer.result(60).code == "lock_lost" and serves(two)["model"] == "beta"
 
 
-def test_a_rollback_that_ended_well_is_not_owed_to_the_swap_that_waited_for_it(tmp_path):
+def owes_a_rollback(tmp_path):
+    """A manager in which beta failed to take alpha's place, so that alpha's rollback runs."""
     m = manager(tmp_path)
     m.start("main", "alpha")
     finish(m)
@@ -715,6 +716,11 @@ def test_a_rollback_that_ended_well_is_not_owed_to_the_swap_that_waited_for_it(t
     m._enter("draining")
     m._enter("stopping", touched=True, previous=m.book.slots["main"])
     m._conclude("failed", rollback=True, plans={"main": None}, error={"code": "x", "message": "x", "remedy": ""})
+    return m
+
+
+def test_a_rollback_that_ended_well_is_not_owed_to_the_swap_that_waited_for_it(tmp_path):
+    m = owes_a_rollback(tmp_path)
     waits = m.start("main", "beta")
     assert m.book.running.rollback_of and m.book.waiting.id == waits.id
     finish(m)                                               # the rollback came to its end before it heard of the other
@@ -722,14 +728,7 @@ def test_a_rollback_that_ended_well_is_not_owed_to_the_swap_that_waited_for_it(t
 
 
 def test_requests_are_held_through_a_restart_while_a_swap_that_took_a_rollbacks_place_is_checked(tmp_path):
-    m = manager(tmp_path)
-    m.start("main", "alpha")
-    finish(m)
-    m.start("main", "beta")
-    m._enter("checking")
-    m._enter("draining")
-    m._enter("stopping", touched=True, previous=m.book.slots["main"])
-    m._conclude("failed", rollback=True, plans={"main": None}, error={"code": "x", "message": "x", "remedy": ""})
+    m = owes_a_rollback(tmp_path)
     m.start("main", "beta")
     m._enter("checking")
     m._conclude("cancelled")
