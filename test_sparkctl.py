@@ -1711,10 +1711,11 @@ def test_those_who_wait_leave_connections_for_those_who_do_not(impatient):
         return raw(impatient, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode(), end=end)
     version = json.loads(ask("/api/state").partition(b"\r\n\r\n")[2])["version"]
     with contextlib.ExitStack() as stack:
-        for _ in range(2):
+        def no_place_is_left():
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", impatient), 5))
             sock.sendall(f"GET /api/state?since={version}&wait=50 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        until(lambda: b"too_many_waiting" in ask(f"/api/state?since={version}&wait=0.1"))
+            return b"too_many_waiting" in ask(f"/api/state?since={version}&wait=0.1")
+        until(no_place_is_left)
         assert ask("/api/state").startswith(b"HTTP/1.1 200")
 
 
