@@ -1236,6 +1236,8 @@ def test_a_job_missed_while_sparkctl_was_away_runs_once_or_not_as_it_says(two):
     assert ran(two, "runs")["outcome"] == "ok"
     assert len(next(j for j in two.get("/api/jobs").json["jobs"] if j["id"] == "runs")["runs"]) == 1
     due(two, ago=5, id="off", kind="health", enabled=False)
+    due(two, ago=5, id="on", kind="health")
+    assert ran(two, "on")["outcome"] == "ok"
     assert next(j for j in two.get("/api/jobs").json["jobs"] if j["id"] == "off")["runs"] == []
 
 
