@@ -20,11 +20,12 @@ Contents (each section uses only names from the sections above it; a test proves
    8  swap rules     phases, the one table of transitions, the lease, invariants, checks: pure
    9  swap           the Arbiter, who says yes or no, and SwapManager's worker, who acts
   10  coordination   events, webhooks, cron, schedules of others, jobs of our own
-  11  monitor        who watches Sparks and slots
-  12  data path      /v1: which slot, hold while it swaps, relay bytes as they come
-  13  http           routes, guards, long-poll
-  14  demo           a pretended engine, run by the very same swap code
-  15  command line
+  11  weights        what is on the Sparks' disks: list, download, copy, delete
+  12  monitor        who watches Sparks and slots
+  13  data path      /v1: which slot, hold while it swaps, relay bytes as they come
+  14  http           routes, guards, long-poll
+  15  demo           a pretended engine, run by the very same swap code
+  16  command line
 
 Threads: the main thread waits for a signal; `accept` takes connections, one thread each; `swap` performs the
 running swap, alone, with a short-lived pool for Sparks asked at once; `lease` ends the lock on time; `jobs` starts
@@ -254,7 +255,7 @@ def parse_settings(env, file_values=None, flags=None, file_label="settings.yaml"
 
 
 # === 2 small helpers ==========================================================
-# Refusals carry their HTTP status; section 13 turns them into {"error": {...}}. Files are written whole or not at all.
+# Refusals carry their HTTP status; section 14 turns them into {"error": {...}}. Files are written whole or not at all.
 
 
 class Refused(Exception):
@@ -3540,7 +3541,11 @@ class Jobs:
             self.register.change(key, tell, must=False)
 
 
-# === 11 monitor ===============================================================
+# === 11 weights ===============================================================
+# What is on the Sparks' disks.
+
+
+# === 12 monitor ===============================================================
 # Who looks at Sparks and slots while no swap does, one thread each; what they saw last is all that others read.
 
 
@@ -3646,7 +3651,7 @@ class Monitor:
             self._watch_slots()
 
 
-# === 12 data path =============================================================
+# === 13 data path =============================================================
 # /v1: which slot serves a request, holding while it swaps, and a relay of bytes as they come, on raw sockets.
 # Bodies and replies pass unchanged; only hop-by-hop fields and keys are taken out.
 
@@ -3840,7 +3845,7 @@ def relay(client, endpoint, request, extra):
         return status, sent, end.done
 
 
-# === 13 http ==================================================================
+# === 14 http ==================================================================
 # The table of routes is the API: method, path, handler, query and body fields with their parsers. Every request is
 # read under limits, then guarded (Host, Origin, key), then dispatched. Handlers return (status, object[, headers])
 # and never see the socket, except the two that stream.
@@ -4748,7 +4753,7 @@ class Server(ThreadingHTTPServer):
         log(f"connection of {client_address[0]}: {traceback.format_exc()}")
 
 
-# === 14 demo ==================================================================
+# === 15 demo ==================================================================
 # Two pretended Sparks on this machine and an engine that talks like vLLM, run as real processes by the very same
 # swap code (a command template on `local` hosts). The engine ends when sparkctl does.
 
@@ -4847,7 +4852,7 @@ def demo_engine(port, model, *names):
     return 0
 
 
-# === 15 command line ==========================================================
+# === 16 command line ==========================================================
 
 
 def build_settings(args, environ):
