@@ -1108,6 +1108,39 @@ LAUNCH_CLUSTER = Template(
     launch="cd {launch_dir} && {docker_args} ./launch-cluster.sh {launch_flags} exec {command}",
     logs="docker logs -f -t --since {since} {container} 2>&1",
     alive=ENGINE_ALIVE)
+LAUNCHER_IMAGE = "vllm-node"    # what the launcher takes without -t
+# Builds `vllm serve`'s parser as vllm/entrypoints/cli/main.py does, but starts nothing. vLLM moves its modules about, hence the three
+# verdicts. `parse_args` looks at sys.argv as well.
+VLLM_PARSER = """import contextlib, io, json, os, signal, sys
+
+def end(verdict, said):
+    os.write(1, ("\\n" + json.dumps({"verdict": verdict, "said": str(said)[-2000:]}) + "\\n").encode())
+    os._exit(0)
+
+signal.alarm(50)
+argv, said = sys.argv[1:], io.StringIO()
+sys.argv = ["vllm", *argv]
+try:
+    try:
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError:
+        from vllm.utils import FlexibleArgumentParser
+    from vllm.entrypoints.cli.serve import cmd_init
+    command, parser = cmd_init()[0], FlexibleArgumentParser(prog="vllm")
+    command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+except BaseException as e:
+    end("unknown", repr(e))
+try:
+    with contextlib.redirect_stderr(said):
+        command.validate(parser.parse_args(argv))
+except SystemExit as e:
+    end("rejected" if e.code else "ok", said.getvalue().partition(": error: ")[2])
+except (ValueError, TypeError) as e:
+    end("rejected", e)
+except BaseException as e:
+    end("unknown", repr(e))
+end("ok", "")
+"""
 # What the launcher must understand for us to drive it; learned by reading it, since versions differ.
 LAUNCHER_NEEDS = {"--solo": "--solo", "-d exec": "dispatched in background"}
 
@@ -1190,6 +1223,7 @@ class Plan:
     alive: str                  # shell text, or blank
     pooling: bool = False       # answers embeddings, not completions
     need_gb: float = 0          # GiB per Spark that must be free before the launch; 0 = unknown
+    weights_gb: float = 0       # GiB of all its weights; 0 = unknown
 
 
 def stop_command(slot, config, wide):
@@ -1200,7 +1234,7 @@ def stop_command(slot, config, wide):
                                       "stop_flags": ("" if wide else "--solo ") + "--name " + quote_arg(slot.container)})
 
 
-def make_plan(model, slot, config, flags=frozenset(("--name",)), need_gb=0):
+def make_plan(model, slot, config, flags=frozenset(("--name",)), need_gb=0, weights_gb=0):
     """Model + slot -> Plan. Raises ValueError for what cannot be launched."""
     settings, cluster = config.settings, slot.backend == "launch-cluster"
     template = LAUNCH_CLUSTER if cluster else config.layout.backends[slot.backend]
@@ -1214,7 +1248,7 @@ def make_plan(model, slot, config, flags=frozenset(("--name",)), need_gb=0):
             shown = shown.replace(quote_arg(f"{name}={value}"), f"{name}=***").replace(quote_arg(f"--{name}") + " " + quote_arg(value), f"--{name} ***")
     return Plan(slot.name, model.key, model.served_names, slot.hosts if model.mode == "cluster" else slot.hosts[:1],
                 slot.port, slot.container, slot.backend, launch, shown, stop_command(slot, config, model.mode == "cluster"), logs, fill(template.alive, words),
-                knobs.get("runner") == "pooling" or "convert" in knobs, need_gb)
+                knobs.get("runner") == "pooling" or "convert" in knobs, need_gb, weights_gb)
 
 
 def with_since(logs, since):
@@ -1265,6 +1299,9 @@ def alive_script(alive):
 def follow_script(plan, since):
     """The engine's log on stdout; on stderr `beat` twice a second, and at last `dead [exit code|gone]`."""
     # the beats tell a quiet engine from a lost connection, and make the script end when nobody reads it any more
+    # an engine that the kernel ended says nothing: the kernel's own log does, to members of adm or systemd-journal
+    kernel = (f'timeout 3 journalctl -k -q --no-pager -o cat --since "@$(date -d {quote_arg(since)} +%s)" 2>/dev/null | '
+              "grep -E 'NV_ERR_NO_MEMORY|oom-killer|Out of memory' | tail -n 3 | sed 's/^/kernel: /'")
     post_mortem = ""
     if plan.backend == "launch-cluster":
         c = quote_arg(plan.container)
@@ -1278,7 +1315,7 @@ trap bye PIPE HUP TERM INT
 n=0 why=
 while :; do
   if {alive_script(plan.alive)}; then n=0; else n=$((n+1)); fi
-  if [ "$n" -ge 2 ]; then sleep 0.3; {post_mortem or ":"}; echo "dead $why" >&2; bye; fi
+  if [ "$n" -ge 2 ]; then {kernel}; sleep 0.3; {post_mortem or ":"}; echo "dead $why" >&2; bye; fi
   echo beat >&2 || bye
   sleep 0.5
 done
@@ -1315,17 +1352,48 @@ done
 """
 
 
+# Who holds GPU memory: `gpu PID MIB CONTAINER NAME`. Of a GB10 nvidia-smi tells no memory but this (snowflakedb/ArcticTraining#345).
+GPU_HOLDERS = """timeout 5 nvidia-smi --query-compute-apps=pid,used_memory,process_name --format=csv,noheader,nounits 2>/dev/null |
+while IFS=', ' read -r p m n; do
+  i=$(grep -oE '[0-9a-f]{64}' "/proc/$p/cgroup" 2>/dev/null | head -n 1 | cut -c 1-12); printf 'gpu %s %s %s %s\\n' "$p" "$m" "${i:--}" "$n"
+done
+timeout 5 docker ps --format 'container {{.ID}} {{.Names}}' 2>/dev/null"""
+# systemd removes the shared memory of a user who is no system user and has no session any more (logind.conf(5), RemoveIPC).
+SESSION_TRAP = """[ "$(id -u)" -lt 1000 ] || [ -e "/var/lib/systemd/linger/$(id -un)" ] || timeout 5 busctl get-property org.freedesktop.login1 \\
+  /org/freedesktop/login1 org.freedesktop.login1.Manager RemoveIPC 2>/dev/null | sed -n 's/^b true/removes_ipc yes/p'"""
+# vLLM loads the files of the index, else all of one kind at the top (model_executor/model_loader/default_loader.py).
+WEIGHTS_FACTS = r"""if [ -n "$s" ] && [ -d "$s" ]; then
+  printf 'weights %s\nreal %s\n' "$s" "$(readlink -f "$s")"; [ -e "$s/config.json" ] || echo weights_missing config.json
+  x="$s/model.safetensors.index.json"; [ -e "$x" ] || x=$(ls "$s"/*.index.json 2>/dev/null | head -n 1)
+  if [ -n "$x" ]; then f=$(grep -oE '"[^"/]+\.(safetensors|bin)"' "$x" | sort -u | tr -d '"'); else
+    for e in safetensors bin gguf pt pth; do f=$(ls "$s" | grep "\.$e$"); [ -z "$f" ] || break; done; fi
+  [ -n "$f" ] || echo weights_missing weights
+  printf '%s\n' "$f" | while read -r n; do [ -z "$n" ] || [ -e "$s/$n" ] || printf 'weights_missing %s\n' "$n"; done
+  echo weights_kb $(cd "$s" && printf '%s\n' "$f" | tr '\n' '\0' | xargs -0 du -cLk 2>/dev/null | tail -n 1 | cut -f 1)
+fi"""
+
+
 def facts_script(model, slot, config, head):
-    """One look at a Spark before a swap: lines `name value`, read by parse_facts. Changes nothing."""
-    lines = ["echo clock $(date +%s)", "awk '/^Mem(Total|Available):/ {print $1, $2}' /proc/meminfo 2>/dev/null"]
+    """One look at a Spark before a swap: lines `name value`, read by parse_facts. Changes nothing; a part that hangs is left out after 5 s."""
+    lines = ["date +'clock %s.%N'", "awk '/^Mem(Total|Available):/ {print $1, $2}' /proc/meminfo 2>/dev/null", SESSION_TRAP,
+             "df -Pk \"$HOME\" /var/lib/docker 2>/dev/null | awk 'NR > 1 {print \"disk_kb\", $4}'",
+             "{ sed 's/^/driver /' /sys/module/nvidia/version || timeout 5 nvidia-smi --query-gpu=driver_version --format=csv,noheader | "
+             "sed -n 's/^/driver /p' | head -n 1; } 2>/dev/null"]
     if head:
         lines.append(f"awk '$4 == \"0A\" && $2 ~ /:{slot.port:04X}$/ {{print \"listening {slot.port}\"; exit}}' "
                      "/proc/net/tcp /proc/net/tcp6 2>/dev/null")
     if slot.backend == "launch-cluster":
         c = quote_arg(slot.container)
-        lines += ["if t=$(docker ps -a --format '{{.Names}}' 2>&1); then echo docker ok; "
-                  f"printf '%s\\n' \"$t\" | grep -Fqx -e {c} && echo container yes; else printf '%s\\n' \"$t\" | sed -n 's/^/docker /p' | tail -n 1; fi",
-                  f"{ENGINE_ALIVE.replace('{container}', c)} && echo engine alive"]
+        look = f"""docker top {c} -eo pid,rss 2>/dev/null | awk 'NR > 1 {{print "engine_process", $1, $2}}'
+  {ENGINE_ALIVE.replace('{container}', c)} && echo engine alive"""
+        if model:
+            look += f"\n  docker image inspect -f 'image {{{{.Id}}}}' {quote_arg(model.image or LAUNCHER_IMAGE)} 2>/dev/null\n{GPU_HOLDERS}"
+        lines.append(f"""if t=$(timeout 5 docker ps -a --format '{{{{.Names}}}}' 2>&1); then
+  echo docker ok; printf '%s\\n' "$t" | grep -Fqx -e {c} && echo there yes
+  {look}
+else
+  [ $? != 124 ] || t="no answer within 5 s"; printf '%s\\n' "$t" | sed -n 's/^/docker /p' | tail -n 1
+fi""")
     if head and slot.backend == "launch-cluster":
         lines.append(f"""if cd {quote_path(config.settings["LAUNCH_DIR"])} 2>/dev/null && [ -x launch-cluster.sh ]; then echo launcher yes
 grep -oE -e '--[a-z][a-z-]+|dispatched in background' launch-cluster.sh | sort -u | sed 's/^/flag /'
@@ -1334,15 +1402,24 @@ else echo launcher no; fi""")
     if model and model.repo:
         lines.append(f"""h=${{HF_HUB_CACHE:-${{HF_HOME:-$HOME/.cache/huggingface}}/hub}}; r=$h/{quote_arg('models--' + model.repo.replace('/', '--'))}
 s=$r/snapshots/$(cat "$r/refs/main" 2>/dev/null); [ -e "$s/config.json" ] || s=$(ls -td "$r"/snapshots/*/ 2>/dev/null | head -n 1)
-ls "$r"/blobs/*.incomplete >/dev/null 2>&1 && echo weights_incomplete yes""")
+find "$r/blobs" -name '*.incomplete' -mtime -1 -exec echo weights_incomplete yes \\; 2>/dev/null | head -n 1""")
     elif model:
         lines.append(f"s={quote_arg(model.local_path)}")
-    if model:
-        lines.append("""if [ -n "$s" ] && [ -d "$s" ]; then echo "weights $s"; [ -e "$s/config.json" ] || echo weights_missing config.json
-cat "$s"/*.index.json 2>/dev/null | grep -oE '"[^"/]+\\.(safetensors|bin)"' | sort -u | tr -d '"' | while read -r f; do [ -e "$s/$f" ] || echo "weights_missing $f"; done
-ls "$s" | grep -qE '\\.(safetensors|bin|gguf|pt|pth)$' || echo weights_missing weights
-echo weights_kb $(du -sLk "$s" 2>/dev/null | cut -f 1); fi""")
-    return "\n".join(lines) + "\nexit 0\n"
+    return "\n".join([*lines, *([WEIGHTS_FACTS] if model else []), "exit 0", ""])
+
+
+def parser_script(image, argv):
+    """Ask vLLM's own parser in the image about argv -> its verdict as the last line, read by parse_verdict."""
+    return (f"printf %s {quote_arg(VLLM_PARSER)} | timeout 55 docker run --rm -i --init --gpus all --network none --pull never --entrypoint= "
+            f"{quote_arg(image)} python3 - {quote_all(argv)}")
+
+
+def parse_verdict(result):
+    """A Result of parser_script -> (ok | rejected | unknown, what vLLM said)."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
+        got = json.loads(result.out.strip().splitlines()[-1])
+        return choice("ok", "rejected", "unknown")(got["verdict"]), printable(" ".join(got["said"].split()), 500)
+    return "unknown", printable((result.err.strip().splitlines() or [result.kind.replace("_", " ")])[-1], 200)
 
 
 def parse_facts(out):
@@ -1456,6 +1533,8 @@ FATAL = (       # (pattern, error code, what happened, what to do); first match 
     (r"(?:torch\.(?:cuda\.)?OutOfMemoryError|CUDA out of memory)(?:.*?Tried to allocate ([\d.]+ [GM]iB))?", "out_of_memory",
      "the GPU ran out of memory while loading{0: (it wanted {} more)}",
      "lower gpu-memory-utilization, max-model-len or max-num-seqs, or free memory on the Spark"),
+    (r"NV_ERR_NO_MEMORY|invoked oom-killer|Out of memory: Killed process", "out_of_memory", "the Spark ran out of memory, and its kernel ended a process",
+     "lower gpu-memory-utilization, or stop what else holds memory there"),
     (r"Failed to load model - not enough GPU memory", "out_of_memory", "the weights do not fit into the GPU memory that is free",
      "free memory on the Spark, or take a smaller or more quantised model"),
     (r"Free memory on device \S+ \(([\d.]+)/([\d.]+) GiB\) on startup is less than desired GPU memory utilization \(([\d.]+), ([\d.]+) GiB\)",
@@ -1547,6 +1626,7 @@ class Check(NamedTuple):
     status: str
     detail: str
     remedy: str = ""
+    numbers: dict | None = None     # what the verdict rests on
 
 
 def check_swap(s):
@@ -1674,7 +1754,7 @@ def reclaimed(samples, need_kb, floor_kb=2 << 20):
 
 
 def memory_need_gb(model, total_gb, nodes):
-    """(GiB that the engine will take on each Spark, GiB of them weights or 0, how that was found).
+    """(GiB that the engine will take on each Spark, GiB of them weights or 0, how that was found, the knob that decides it).
 
     vLLM takes gpu-memory-utilization (0.92 unless told) of all memory, or with kv-cache-memory-bytes the weights
     plus that (vllm/config/cache.py, v1/worker/utils.py); on a Spark the GPU and everything else share one memory.
@@ -1684,12 +1764,13 @@ def memory_need_gb(model, total_gb, nodes):
     kv = knobs.get("kv-cache-memory-bytes")
     if kv is not None and (m := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?[bB])?", str(kv))):
         unit = {"": 1, "k": 1000, "m": 10**6, "g": 10**9, "t": 10**12, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}[m[2]]
-        return weights + float(m[1]) * unit / GIB + 4, weights, "weights, KV cache and 4 GB to work in"
+        return weights + float(m[1]) * unit / GIB + 4, weights, "weights, KV cache and 4 GB to work in", "kv-cache-memory-bytes"
+    knob = "device-memory-utilization" if "device-memory-utilization" in knobs else "gpu-memory-utilization"
     try:
-        share = float(knobs.get("gpu-memory-utilization", knobs.get("device-memory-utilization", 0.92)))
+        share = float(knobs.get(knob, 0.92))
     except (TypeError, ValueError):
         share = 0.92
-    return share * total_gb, weights, f"{share:g} of {total_gb:.1f} GB"
+    return share * total_gb, weights, f"{share:g} of {total_gb:.1f} GB", knob
 
 
 def webhook_payload(s):
@@ -1815,10 +1896,78 @@ def memory_gb(facts):
     return [int(facts[name][0].split()[0]) / (1 << 20) for name in ("MemTotal", "MemAvailable")]
 
 
+def gpu_holders(facts):
+    """What GPU_HOLDERS and docker told -> (GiB that the slot's engine holds or None, {who else: GiB})."""
+    known = dict(row.split(" ", 1) for row in facts["container"] if " " in row)
+    engine = {pid: int(kb) if kb.isdigit() else 0 for pid, _, kb in (row.partition(" ") for row in facts["engine_process"])}
+    held, others = [], collections.Counter()
+    for row in facts["gpu"]:
+        pid, mib, container, name, *_ = [*row.split(" ", 3), "", "", "", ""]
+        if pid in engine:
+            held.append(int(mib) if mib.isdigit() else 0)
+        elif mib.isdigit():
+            others[printable(known.get(container) or os.path.basename(name) or f"process {pid}", 60)] += int(mib) / 1024
+    return (sum(held) / 1024 + sum(engine.values()) / (1 << 20) if any(held) else None), dict(others.most_common(8))
+
+
+def told_of(others):
+    """Who holds how much, in words; "" for nobody."""
+    return ", ".join(f"{who} ({gb:.1f} GB)" for who, gb in others.items() if gb >= 0.05)
+
+
 def why_not(result):
     """One line that says why a Result did not reach its Spark."""
     last = result.err.strip().splitlines()[-1:] or [""]
     return f"{result.kind.replace('_', ' ')}: {printable(last[0], 200)}"
+
+
+class Fit(NamedTuple):
+    """A model's memory on one Spark, GiB: what it needs, and what can be there for it."""
+    host: str
+    total: float
+    available: float
+    back: float                 # what the old engine gives back
+    need: float
+    weights: float              # of the need; 0 = unknown
+    how: str                    # the need was found
+    knob: str                   # that decides it
+    others: dict                # who else holds GPU memory: GiB
+    unknown: bool               # an engine runs there, and what it gives back is not known
+
+    def verdict(self):
+        """(status, detail, remedy, numbers)."""
+        room = self.available + self.back
+        said, has = f"{self.host}: needs {self.need:.1f} GB ({self.how})", f"{room:.1f} GB can be free" + (f", {self.back:.1f} of them given back by the old engine" if self.back else "")
+        holders = told_of(self.others)
+        share = self.knob.endswith("utilization")
+        most, least = room - 3, self.weights + 6            # what a knob should make of the need: room to work in, room for some KV cache
+
+        def lower():
+            if most < least:
+                return (f"stop {holders}, or " if holders else "") + "take a smaller or more quantised model, or more Sparks"
+            value = f"{math.floor(most / self.total * 100) / 100:.2f}" if share else f"{math.floor(most - self.weights - 4)}G"
+            return f"lower {self.knob} to {value}" + (f", or stop {holders}" if holders else "")
+
+        if self.weights + 1 > self.need:
+            fits = least <= min(room - 2, 0.95 * self.total)
+            status, told = "fail", f"{self.host}: {self.weights:.1f} GB of weights and 1 GB to work in do not fit into {self.need:.1f} GB ({self.how})"
+            remedy = f"raise {self.knob} to {least / self.total + 0.005:.2f}" if fits else \
+                (f"stop {holders}, or " if holders else "") + "use more Sparks, or a smaller or more quantised model"
+        elif self.need + 2 > room and self.unknown:
+            status, told, remedy = "warn", f"{said}; {room:.1f} GB are free, and what the engine there gives back is not known", ""
+        elif self.need + 2 > room:
+            status, told, remedy = "fail", f"{said}, and {has}", lower()
+        elif self.need + 6 > room:
+            status, told, remedy = "warn", f"{said}, and {has}: that is tight beside vLLM's own processes", lower()
+        elif self.total - self.need < 8:
+            status, told, remedy = "warn", f"{said} and leaves {self.total - self.need:.1f} GB to the system: memory that runs out can freeze a Spark", lower()
+        elif share and self.weights and self.weights + 4 > self.need:
+            status, told = "warn", f"{said}, which leaves {self.need - self.weights:.1f} GB for KV cache and work beside {self.weights:.1f} GB of weights"
+            remedy = f"raise {self.knob}, if one request does not fit"
+        else:
+            status, told, remedy = "ok", f"{said}, {has}", ""
+        gb = {"total": self.total, "available": self.available, "given_back": self.back, "need": self.need, "weights": self.weights, **self.others}
+        return status, told, remedy, {"host": self.host, **{k: round(v, 1) for k, v in gb.items()}}
 
 
 class Look:
@@ -1834,6 +1983,8 @@ class Look:
         self.there = {h: f for h, f in facts.items() if h not in self.down}         # Spark -> parse_facts
         self.head = self.there.get(slot.hosts[0])
         self.cluster = slot.backend == "launch-cluster"
+        self.image = (model.image or LAUNCHER_IMAGE) if model and self.cluster else ""
+        self.parsed = None              # what parse_verdict said, once it was asked
 
     def severity(self, host):
         """A Spark that this swap does not use may be in any state: a warning."""
@@ -1846,16 +1997,20 @@ class Look:
                 return int(self.there[host]["weights_kb"][0]) / (1 << 20)
         return self.model.size_gb
 
-    def memory(self):
-        """(Spark, total, available, needed, weights in GiB, how the need was found) of each Spark that tells."""
+    def fits(self):
+        """A Fit of each Spark that the swap needs and that tells its memory."""
         for host in self.used:
             with contextlib.suppress(KeyError, IndexError, ValueError):
-                total, available = memory_gb(self.there[host])
-                model = dataclasses.replace(self.model, size_gb=self.weights_gb())
-                yield host, total, available, *memory_need_gb(model, total, len(self.used))
+                facts, current = self.there[host], self.current
+                total, available = memory_gb(facts)
+                need, weights, how, knob = memory_need_gb(dataclasses.replace(self.model, size_gb=self.weights_gb()), total, len(self.used))
+                back, others = gpu_holders(facts)
+                ours = current.need_gb if current and host in current.hosts else 0.0
+                unknown = back is None and not ours and bool(self.probe.served or facts["engine"])
+                yield Fit(host, total, available, min(max(back or 0.0, ours), total - available), need, weights, how, knob, others, unknown)
 
     def need_gb(self):
-        return max((need for _, _, _, need, _, _ in self.memory()), default=0.0)
+        return max((fit.need for fit in self.fits()), default=0.0)
 
 
 def check_reachable(look):
@@ -1921,15 +2076,32 @@ def check_neighbours(look):
             yield "fail", f"slot {plan.slot} serves {plan.model} on {', '.join(shared)}", f"unload {plan.slot} first"
 
 
+def check_image(look):
+    ids, image = {h: look.there[h]["image"] for h in look.used if h in look.there}, look.image
+    if not look.cluster or not image:
+        return
+    lacking, have = [h for h, got in ids.items() if not got], {got[0] for got in ids.values() if got}
+    if lacking:
+        yield "fail", f"the image {image} is not on {', '.join(lacking)}", \
+            f"docker pull {image}" if "/" in image else "build it there, or copy it from another Spark: ./build-and-copy.sh"
+    elif len(have) > 1:
+        yield "fail", f"{image} is another image on each of {', '.join(ids)}", "copy one to the others: ./build-and-copy.sh --copy-to"
+    elif have:
+        yield "ok", f"{image} is {have.pop()[:19]} on {', '.join(ids)}"
+
+
 def check_weights(look):
     if look.model is None:
         return
-    good, source = [], look.model.source
-    remedy = "check the path" if look.model.local_path else f"download it there: hf download {source}"
+    good, source, roots = [], look.model.source, look.config.settings["LOCAL_MODEL_ROOTS"]
+    remedy = "check the path" if look.model.local_path else f"download it there: POST /api/models/{look.model.key}/download"
     for host in (h for h in look.used if h in look.there):
         facts = look.there[host]
+        real = (facts["real"] or [""])[0]
         if not facts["weights"]:
             yield "fail", f"{source} is not on {host}", remedy
+        elif look.model.local_path and not any(real.startswith(root.rstrip("/") + "/") for root in roots):
+            yield "fail", f"{host}: {source} leads to {printable(real, 200)}, outside LOCAL_MODEL_ROOTS", "move the model, or add that root"
         elif facts["weights_missing"] or facts["weights_incomplete"]:
             missing = ", ".join(facts["weights_missing"][:3]) or "a file that is still being downloaded"
             yield "fail", f"{host} has {source} without {printable(missing, 200)}", "let the download finish, or download it again"
@@ -1937,39 +2109,69 @@ def check_weights(look):
             good.append(host)
     if good:
         yield "ok", f"{look.weights_gb():.1f} GB on {', '.join(good)}"
+    if look.model.repo and len(revisions := {os.path.basename(look.there[h]["weights"][0].rstrip("/")) for h in good}) > 1:
+        yield "warn", f"the Sparks have different revisions of {source}: {', '.join(sorted(revisions))[:200]}", remedy
+
+
+def check_disk(look):
+    left = {h: min(map(int, kb)) / (1 << 20) for h in look.used if h in look.there and (kb := [v for v in look.there[h]["disk_kb"] if v.isdigit()])}
+    for host, gb in left.items():
+        if gb < 10:
+            yield "fail" if gb < 1 else "warn", f"{host} has {gb:.1f} GB of disk left; vLLM's caches and docker's logs need some", \
+                "delete models that are not needed: GET /api/disk"
+    if left and min(left.values()) >= 10:
+        yield "ok", f"{min(left.values()):.0f} GB are free"
 
 
 def check_memory(look):
     """What the engine will take, against what is available plus what the old engine gives back."""
     if look.model is None:
         return
-    current, told = look.current, list(look.memory())
-    for host, total, available, need, weights, how in told:
-        room = available + (min(current.need_gb, total - available) if current and host in current.hosts else 0.0)
-        unknown = not current and bool(look.probe.served or look.there[host]["engine"])
-        needs = f"{host}: needs {need:.1f} GB ({how})"
-        if weights + 1 > need:
-            yield ("fail", f"{host}: {weights:.1f} GB of weights and 1 GB to work in do not fit into {need:.1f} GB ({how})",
-                   f"raise gpu-memory-utilization to {min(0.95, (weights + 6) / total):.2f}, or use more Sparks")
-        elif need + 2 <= room:
-            yield "ok", f"{needs}, {room:.1f} GB can be free"
-        elif unknown:
-            yield "warn", f"{needs}; {room:.1f} GB are free, and what the engine there gives back is not known"
-        else:
-            yield ("fail", f"{needs}, and {room:.1f} GB can be free",
-                   f"lower gpu-memory-utilization to {max(0.0, (room - 3) / total):.2f}, or stop other services")
+    told = list(look.fits())
+    yield from (fit.verdict() for fit in told)
     if not told:
         yield "warn", "the Spark does not tell how much memory it has"
 
 
+def check_session(look):
+    for host in (h for h in look.used if h in look.there and look.there[h]["removes_ipc"]):
+        yield ("warn", f"{host}: when the ssh user's last session ends, systemd removes that user's shared memory (RemoveIPC), an engine's too",
+               f"on {host}: sudo loginctl enable-linger $USER")
+
+
+def check_clock(look):
+    clocks = {h: [float(f["clock"][0]) - float(f["asked"][0]), float(f["unsure"][0])] for h, f in look.there.items() if h in look.used and f["asked"] and f["clock"]}
+    first, last = (pick(clocks, key=lambda h: clocks[h][0], default=None) for pick in (min, max))
+    if first != last and (apart := clocks[last][0] - clocks[first][0]) > 2 + clocks[last][1] + clocks[first][1]:
+        yield "warn", f"the clocks of {first} and {last} are {apart:.0f} s apart", "let both follow a time server: sudo timedatectl set-ntp true"
+
+
+def check_driver(look):
+    found = {h: look.there[h]["driver"][0] for h in look.used if h in look.there and look.there[h]["driver"]}
+    if len(set(found.values())) > 1:
+        yield "warn", "the Sparks have different GPU drivers: " + ", ".join(f"{h} {printable(v, 40)}" for h, v in found.items()), "bring all of them up to date"
+
+
+def check_flags(look):
+    """vLLM's own word on the arguments; not asked (None) for a command template, or where another check failed first."""
+    verdict, said = look.parsed or ("", "")
+    if verdict == "rejected":
+        yield "fail", f"vLLM refuses its arguments: {said}", "mend the model's knobs or args; this image's vLLM does not take them"
+    elif verdict:
+        yield ("ok", f"vLLM's own parser in {look.image} takes them") if verdict == "ok" else \
+            ("warn", f"cannot tell whether vLLM in {look.image} takes the arguments: {said or 'no answer'}")
+
+
 # One row per check, in the order they are told. `reachable` cannot be skipped: nothing would work.
 CHECKS = {"reachable": check_reachable, "launcher": check_launcher, "docker": check_docker, "port": check_port, "rollback": check_rollback,
-          "neighbours": check_neighbours, "weights": check_weights, "memory": check_memory}
+          "neighbours": check_neighbours, "image": check_image, "weights": check_weights, "disk": check_disk, "memory": check_memory,
+          "session": check_session, "clock": check_clock, "driver": check_driver, "flags": check_flags}
 
 
-def evaluate_checks(look):
-    """Every check's verdict on a Look -> [Check]. Pure."""
-    return [Check(name, *row) for name, check in CHECKS.items() for row in check(look)]
+def evaluate_checks(look, skip=()):
+    """Every check's verdict on a Look -> (Check, …). Pure. What fails and is named in skip is `skipped`."""
+    found = [Check(name, *row) for name, check in CHECKS.items() for row in check(look)]
+    return tuple(c._replace(status="skipped") if c.status == "fail" and c.name in skip else c for c in found)
 
 
 # === 9 swap ===================================================================
@@ -2170,6 +2372,35 @@ class Follower:
             self._put("log", part[:8000])
 
 
+def places_of(slot, config, current, previous=None, plan=None):
+    """What to stop, as Plans: where ours was launched, and the slot as it is configured now (None: not any more), if that was changed since."""
+    known = [p for p in (previous, current, plan) if p and set(p.hosts) <= set(config.sparks)]
+    if slot:
+        alive = "" if slot.backend == "launch-cluster" else fill(
+            config.layout.backends[slot.backend].alive, {"container": quote_arg(slot.container), "port": quote_arg(slot.port)})
+        ours = current or previous          # of an engine that is not ours only the slot's size is known
+        stop = stop_command(slot, config, len(slot.hosts) > 1 and (ours is None or len(ours.hosts) > 1))
+        known.append(Plan(slot.name, "", (), slot.hosts, slot.port, slot.container, slot.backend, "", "", stop, "", alive))
+    # of several at the same place the last one: the slot itself, which visits all of its Sparks
+    return {(p.hosts[0], p.port, p.container, p.backend): p for p in known}.values()
+
+
+def plan_of(look, checks):
+    """(Plan of what a Look was taken for, or None; its checks, with one more if no command can be made of it)."""
+    flags = frozenset(look.head and look.head["flag"] or ("--name",))
+    try:
+        return look.model and make_plan(look.model, look.slot, look.config, flags, look.need_gb(), look.weights_gb()), checks
+    except ValueError as e:
+        return None, (*checks, Check("command", "fail", str(e)))
+
+
+def commands_of(places, plan):
+    """What a swap runs, for people: `Spark: command`, ...."""
+    found = [(p.hosts[0], p.stop) for p in places]
+    found += [(plan.hosts[0], plan.shown), (plan.hosts[0], with_since(plan.logs, "now"))] if plan else []
+    return tuple(f"{h}: {c}" for h, c in found if c)
+
+
 class SwapRun:
     """The effects of one swap, one method per phase. Used by the swap thread only."""
 
@@ -2216,45 +2447,23 @@ class SwapRun:
         if self.cancel.wait(seconds):
             raise Cancelled()
 
-    def look(self, s):
-        """One look at every Spark of the slot and at its port -> Look."""
-        slot, model = self.slot, self.config.models.get(s.model)
-        used = slot.hosts if model is None or model.mode == "cluster" else slot.hosts[:1]
-
-        def gather(host):
-            got = self.on(host, facts_script(model if host in used else None, slot, self.config, host == slot.hosts[0]), 20)
-            return parse_facts(got.out) if got.kind == "ok" else got
-        others = [p for name in self.config.layout.slots if name != s.slot and (p := self.m.book.slots.get(name))]
-        return Look(model, slot, self.config, self.m.hosts.each(slot.hosts, gather), used,
-                    probe_vllm_endpoint(self.endpoint(self.slot), 2.0), self.m.book.slots.get(s.slot), others)
-
     # --- phases
 
     def do_queued(self, s):
         self.m._enter("checking")
 
     def do_checking(self, s):
-        look = self.look(s)
-        self.was_empty = look.head is not None and not (look.probe.served or look.head["container"] or look.head["listening"])
-        if s.rollback_of:
-            plan = s.plan
-            checks = [Check("reachable", "fail", f"{host}: {got.kind}", remedy_for(got, self.config.sparks[host]))
-                      for host, got in look.down.items() if host in plan.hosts]
-        elif s.model and look.model is None:
+        model = self.config.models.get(s.model)
+        if s.model and not (model or s.rollback_of):
             raise Failed("unknown_model", f"{s.model} is not in the catalog any more")
-        else:
-            checks, plan = evaluate_checks(look), None
-            flags = frozenset(look.head and look.head["flag"] or ("--name",))
-            try:
-                plan = make_plan(look.model, self.slot, self.config, flags, look.need_gb()) if look.model else None
-            except ValueError as e:
-                checks.append(Check("command", "fail", str(e)))
-        checks = tuple(c._replace(status="skipped") if c.status == "fail" and c.name in s.skip_checks else c for c in checks)
+        look, checks = self.m.examine(self.config, self.slot, model, ("flags",) if s.rollback_of else s.skip_checks, self.cancel)
+        self.was_empty = look.head is not None and not (look.probe.served or look.head["there"] or look.head["listening"])
+        plan, checks = plan_of(look, checks) if not s.rollback_of else (s.plan, tuple(
+            Check("reachable", "fail", f"{host}: {got.kind}", remedy_for(got, self.config.sparks[host]))
+            for host, got in look.down.items() if host in s.plan.hosts))
         for c in checks:
             self.log.add(f"check {c.name}: {c.status}: {c.detail}")
-        commands = [(p.hosts[0], p.stop) for p in self.places(s)]
-        commands += [(plan.hosts[0], plan.shown), (plan.hosts[0], with_since(plan.logs, "now"))] if plan else []
-        s = self.m._update(save=True, checks=checks, commands=tuple(f"{h}: {c}" for h, c in commands if c), plan=plan)
+        s = self.m._update(save=True, checks=checks, commands=commands_of(self.places(s), plan), plan=plan)
         bad = next((c for c in checks if c.status == "fail"), None)
         why = bad and f"check {bad.name}: {bad.detail}"
         if s.dry_run:
@@ -2281,16 +2490,7 @@ class SwapRun:
         self.m._enter("launching", forget=(s.slot,))
 
     def places(self, s):
-        """What to stop, as Plans: where ours was launched, and the slot as it is configured now, if that was changed since."""
-        known = [p for p in (s.previous, self.m.book.slots.get(s.slot), s.plan) if p and set(p.hosts) <= set(self.config.sparks)]
-        if slot := self.slot:
-            alive = "" if slot.backend == "launch-cluster" else fill(
-                self.config.layout.backends[slot.backend].alive, {"container": quote_arg(slot.container), "port": quote_arg(slot.port)})
-            ours = self.m.book.slots.get(s.slot) or s.previous     # of an engine that is not ours only the slot's size is known
-            stop = stop_command(slot, self.config, len(slot.hosts) > 1 and (ours is None or len(ours.hosts) > 1))
-            known.append(Plan(slot.name, "", (), slot.hosts, slot.port, slot.container, slot.backend, "", "", stop, "", alive))
-        # of several at the same place the last one: the slot itself, which visits all of its Sparks
-        return {(p.hosts[0], p.port, p.container, p.backend): p for p in known}.values()
+        return places_of(self.slot, self.config, self.m.book.slots.get(s.slot), s.previous, s.plan)
 
     def stop_engines(self, s, needed):
         """Stop what runs in the slot and see that it is gone. Raises Failed if it is not; Sparks not needed may be down."""
@@ -2352,9 +2552,10 @@ class SwapRun:
                 return
             has = f"{samples[host][-1][1] / (1 << 20):.1f} GB available" if samples[host] else "not answered"
             if time.monotonic() >= deadline:
+                who = told_of(gpu_holders(parse_facts(self.on(host, GPU_HOLDERS, 15).out))[1])
                 raise Failed("unreachable" if silent[host] else "memory_not_released",
-                             f"{host} has {has} after the stop, and the model needs {s.plan.need_gb:.1f} GB",
-                             "see what else holds memory there, or lower gpu-memory-utilization")
+                             f"{host} has {has} after the stop, and the model needs {s.plan.need_gb:.1f} GB" + (f"; GPU memory is held by {who}" if who else ""),
+                             f"stop {who or 'what else holds memory there'}, or lower gpu-memory-utilization")
             self.m._update(text=f"Waiting for memory: {host} has {has}")
             self.pause(0.25)
 
@@ -2440,7 +2641,7 @@ class SwapRun:
         fraction, text_ = max(s.fraction, self.heard.fraction), self.heard.text or "Starting vLLM"
         if now - self.told_at < 1 and (fraction, text_) == (s.fraction, s.text):
             return
-        durations = self.m.durations(s.model, getattr(self.config.models.get(s.model), "size_gb", 0))
+        durations = self.m.durations(s.model, s.plan.weights_gb)
         eta, usual = estimate(dataclasses.replace(s, fraction=fraction), durations, time.time())
         slower = bool(usual) and time.time() - s.phase_began > 1.5 * usual and now - self.last_line > 30
         changed = {"fraction": fraction, "text": text_, "eta_seconds": eta, "usual_seconds": usual, "slower": slower}
@@ -2764,7 +2965,9 @@ class SwapManager(Arbiter):
         self._config, self.hosts, self.gate, self._observe = config, hosts, gate, observe       # config: () -> Config
         self.recent = ()                                   # replaced under _lock; terminal swaps, newest first
         self._logs = {}                                     # guarded by _lock; id -> SwapLog
+        self._verdicts = {}                                 # guarded by _lock; (image id, argv) -> what vLLM's parser said
         self._cancel = threading.Event()                    # set for the running swap only
+        self._validating = threading.BoundedSemaphore(1)
         os.makedirs(self.dir, mode=0o700, exist_ok=True)
         super().__init__(data_dir, hub, events, warn)
         self._load(warn)
@@ -2790,21 +2993,71 @@ class SwapManager(Arbiter):
             kept = self._logs.get(swap_id)
         return kept or SwapLog(os.path.join(self.dir, self.get(swap_id).id + ".log"))
 
-    def durations(self, model, size_gb=0):
-        """{phase: median seconds of this model's successful swaps}; loading of a new one is scaled by size."""
+    def durations(self, model, weights_gb=0):
+        """{phase: median seconds of this model's successful swaps}; loading of a new one is scaled by the size of its weights."""
         times, rates = collections.defaultdict(list), []
-        sizes = {m.key: m.size_gb for m in self._config().models.values()}
         for s in self.recent:
             if s.phase == "ready" and s.model:
                 for phase, _, seconds in s.phases:
                     if s.model == model:
                         times[phase].append(seconds)
-                    elif phase == "loading" and sizes.get(s.model):
-                        rates.append(seconds / sizes[s.model])
+                    elif phase == "loading" and s.plan and s.plan.weights_gb:
+                        rates.append(seconds / s.plan.weights_gb)
         got = {phase: statistics.median(values) for phase, values in times.items()}
-        if "loading" not in got and rates and size_gb:
-            got["loading"] = statistics.median(rates) * size_gb
+        if "loading" not in got and rates and weights_gb:
+            got["loading"] = statistics.median(rates) * weights_gb
         return got
+
+    # --- looking
+
+    def examine(self, config, slot, model, skip=(), cancel=None, thorough=False):
+        """One look at every Spark of the slot and at its port -> (Look, its checks).
+
+        vLLM's parser, which takes seconds, is asked only if nothing else speaks against the swap, or if thorough.
+        """
+        used = slot.hosts if model is None or model.mode == "cluster" else slot.hosts[:1]
+
+        def gather(host):
+            began = time.time()
+            got = self.hosts.run(host, facts_script(model if host in used else None, slot, config, host == slot.hosts[0]), 25, cancel)
+            facts, half = parse_facts(got.out), (time.time() - began) / 2
+            facts |= {"asked": [str(began + half)], "unsure": [str(half)]}
+            return facts if got.kind == "ok" else got
+        others = [p for name in config.layout.slots if name != slot.name and (p := self.book.slots.get(name))]
+        look = Look(model, slot, config, self.hosts.each(slot.hosts, gather), used,
+                    probe_vllm_endpoint(endpoint_of(slot, self.hosts, config.settings), 2.0), self.book.slots.get(slot.name), others)
+        checks = evaluate_checks(look, skip)
+        if look.image and "flags" not in skip and (thorough or not any(c.status == "fail" for c in checks)):
+            look.parsed = self._parse(look, cancel)
+            checks = evaluate_checks(look, skip)
+        return look, checks
+
+    def _parse(self, look, cancel):
+        """What vLLM's parser says to the arguments; remembered for this image and these arguments. None: no image to ask."""
+        argv = ("serve", look.model.source, *engine_args(look.model, look.slot))
+        if not (key := look.head and look.head["image"] and (look.head["image"][0], argv)):
+            return None
+        with self._lock:
+            known = self._verdicts.get(key)
+        if known:
+            return known
+        got = self.hosts.run(look.slot.hosts[0], parser_script(look.image, argv), 60, cancel)
+        if got.kind == "ok":                    # else docker did not get to run it: next time it may
+            with self._lock:
+                self._verdicts = dict([*self._verdicts.items(), (key, parse_verdict(got))][-200:])
+        return parse_verdict(got)
+
+    def validate(self, slot, model):
+        """What a swap of slot to model would check and run, vLLM's parser always included; nothing is touched -> JSON. Raises Refused 409."""
+        config = self._config()
+        if not self._validating.acquire(blocking=False):        # the parser takes 600 MB of a Spark's memory
+            raise Refused(409, "validate_running", "another validation is under way", {"Retry-After": "10"})
+        try:
+            plan, checks = plan_of(*self.examine(config, slot, model, thorough=True))
+        finally:
+            self._validating.release()
+        return {"model": model.key, "slot": slot.name, "ok": not any(c.status == "fail" for c in checks), "checks": [c._asdict() for c in checks],
+                "commands": commands_of(places_of(slot, config, self.book.slots.get(slot.name)), plan)}
 
     # --- asking
 
@@ -3959,6 +4212,11 @@ def pick_slot(config, name):
     return entry_of(slots, "slot", name, known=list(slots))
 
 
+def wide_enough(model, slot):
+    if model.mode == "cluster" and len(slot.hosts) < 2:
+        raise Refused(409, "needs_cluster", f"{model.key} is a cluster model, and slot {slot.name} has one Spark", slot=slot.name)
+
+
 SWAP_STATUS = {"ready": 200, "planned": 200, "failed": 502, "cancelled": 409}
 
 
@@ -4187,8 +4445,7 @@ class App:
         With lock: stand in the queue, wait for a swap that runs, swap, tell the token. If it fails, the lease ends.
         """
         config, fence, replay = self.store.current, 0, lambda: self.swaps.answer_to(idempotency)
-        if config.models[key].mode == "cluster" and len(slot.hosts) < 2:
-            raise Refused(409, "needs_cluster", f"{key} is a cluster model, and slot {slot.name} has one Spark", slot=slot.name)
+        wide_enough(config.models[key], slot)
         options = {"rollback": config.settings["SWAP_ROLLBACK"], **options}
         try:
             if replay():
@@ -4359,6 +4616,14 @@ def post_swap(app, r):
     return app.swap(r, slot, model.key, {**body, **right_of(r)}, r.query.get("wait"), lock, idempotency)
 
 
+def post_validate(app, r):
+    config = app.store.current
+    model, slot = entry_of(config.models, "model", r.args["key"]), pick_slot(config, r.json.get("slot"))
+    wide_enough(model, slot)
+    with app.parking():
+        return 200, app.swaps.validate(slot, model)
+
+
 def post_unload(app, r):
     slot = pick_slot(app.store.current, r.json.get("slot"))
     return app.swap_reply(r, app.swaps.start(slot.name, None, note=r.json.get("note", ""), **right_of(r)), r.query.get("wait"))
@@ -4485,6 +4750,7 @@ ROUTES = (
     Route("GET",    "/api/swap/{id}",        get_swap, WAIT | SINCE),
     Route("DELETE", "/api/swap/{id}",        lambda app, r: (202, app.swaps.cancel(r.args["id"], **right_of(r)).public()), FORCE),
     Route("GET",    "/api/swap/{id}/stream", stream_swap),
+    Route("POST",   "/api/swap/{key}/validate", post_validate, {}, {"slot": line_of(64)}),
     Route("POST",   "/api/unload",           post_unload, WAIT | FORCE, {"slot": line_of(64), "note": line_of(500)}),
     Route("GET",    "/api/schedule",         lambda app, r: (200, dict(zip(("schedules", "conflicts"), app.schedules.view())))),
     Route("POST",   "/api/schedule",         lambda app, r: app.put_entry(r, "schedule", app.schedules), {},

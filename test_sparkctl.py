@@ -2108,6 +2108,11 @@ def open_page(browser, program, **context):
 README = (HERE / "README.md").read_text()
 
 
+def test_the_readmes_table_of_checks_is_the_codes():
+    section = re.search(r"\| check \| looks at \|\n(.*?)\n\n", README, re.S)[1]
+    assert sorted(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in section.splitlines()))) == sorted(sc.CHECKS)
+
+
 def test_the_readmes_table_of_settings_is_the_codes():
     rows = [f"| `{s.name}` | {f'`{s.default}`' if s.default else ''} | {s.help}{' (secret)' if s.secret else ''} |"
             for s in sc.SETTINGS if not re.match(r"SPARK[2-8]_", s.name)]
@@ -2777,6 +2782,11 @@ REAL_LINES = (  # as vLLM wrote them, and what they must be understood as
     ("requests.exceptions.HTTPError: 403 Client Error. Cannot access gated repo for url https://x", "gated_repo", "refuses access"),
     ("OSError: [Errno 28] No space left on device", "disk_full", "disk is full"),
     ("Error in memory profiling. Initial free memory 1 GiB", "memory_changed", "another process"),
+    ("ValueError: Free memory on device cuda:0 (20.1/121.7 GiB) on startup is less than desired GPU memory utilization (0.9, 109.5 GiB). Decrease GPU", "out_of_memory", "needs 109.5 of 121.7 GB, and 20.1 GB are free"),
+    ("RuntimeError: Failed to load model - not enough GPU memory.", "out_of_memory", "the weights do not fit"),
+    ("kernel: NVRM: nvAssertOkFailedNoLog: Out of memory [NV_ERR_NO_MEMORY] (0x00000051)", "out_of_memory", "its kernel ended a process"),
+    ("kernel: python3 invoked oom-killer: gfp_mask=0x140dca(GFP_HIGHUSER_MOVABLE|__GFP_COMP|__GFP_ZERO), order=0", "out_of_memory", "its kernel ended a process"),
+    ("RuntimeError: Worker proc VllmWorker-0 died unexpectedly (exit code: 1), shutting down executor.", "engine_failed", "failed to start"),
 )
 
 
@@ -2944,7 +2954,7 @@ def test_the_need_for_memory_follows_the_knobs():
 
 def look(facts=None, model=None, **more):
     """A Look at a healthy pair with nothing running, changed by facts of spark1."""
-    healthy = {"MemTotal": ["127600000 kB"], "MemAvailable": ["120000000 kB"], "docker": ["ok"], "launcher": ["yes"], "weights": ["/w"], "weights_kb": ["62914560"],
+    healthy = {"MemTotal": ["127600000 kB"], "MemAvailable": ["120000000 kB"], "docker": ["ok"], "launcher": ["yes"], "weights": ["/w"], "real": ["/w"], "weights_kb": ["62914560"], "image": ["sha256:aa"], "disk_kb": ["104857600"], "driver": ["580.1"], "clock": ["1000.1"], "asked": ["1000"], "unsure": ["0.2"],
                "flag": ["--solo", "--name", "dispatched in background"]}
     settings = sc.parse_settings({"SPARK1_HOST": "a", "SPARK2_HOST": "b"})
     config = sc.Config(settings, TWO, {}, sc.Layout({}, {}, {}), ())
@@ -2960,7 +2970,7 @@ def verdicts(looked):
 
 
 def test_a_healthy_pair_passes_every_check():
-    assert {name: status for name, (status, _) in verdicts(look()).items()} == dict.fromkeys(("reachable", "launcher", "docker", "port", "weights", "memory"), "ok")
+    assert {name: status for name, (status, _) in verdicts(look()).items()} == dict.fromkeys(("reachable", "launcher", "docker", "port", "image", "weights", "disk", "memory"), "ok")
 
 
 @pytest.mark.parametrize("facts,name,status,words", [
@@ -2974,6 +2984,10 @@ def test_a_healthy_pair_passes_every_check():
     ({"weights": []}, "weights", "fail", "o/n is not on spark1"),
     ({"weights_missing": ["model-2.safetensors"]}, "weights", "fail", "without model-2.safetensors"),
     ({"weights_incomplete": ["yes"]}, "weights", "fail", "still being downloaded"),
+    ({"image": []}, "image", "fail", "vllm-node is not on spark1"),
+    ({"disk_kb": ["104857600", "900000"]}, "disk", "fail", "0.9 GB of disk left"),
+    ({"disk_kb": ["5000000"]}, "disk", "warn", "4.8 GB of disk left"),
+    ({"removes_ipc": ["yes"]}, "session", "warn", "RemoveIPC"),
     ({"weights_kb": ["104857600"]}, "memory", "fail", "100.0 GB of weights"),
     ({"MemAvailable": ["52428800 kB"]}, "memory", "fail", "needs 73.0 GB"),
     ({"MemAvailable": ["52428800 kB"], "engine": ["alive"]}, "memory", "warn", "is not known"),
@@ -2985,6 +2999,59 @@ def test_a_check_says_what_is_wrong_and_what_to_do(facts, name, status, words):
     assert all(c.remedy for c in sc.evaluate_checks(looked) if c.status == "fail")
 
 
+BIG, SMALL = {"weights_kb": ["62914560"]}, {"weights_kb": ["10485760"]}         # 60 GB, 10 GB
+OLD = sc.Plan("main", "m", ("m",), ("spark1",), 8888, "c", "b", "l", "l", "s", "", "", need_gb=60)
+
+
+@pytest.mark.parametrize("facts,knobs,current,status,detail,remedy", [
+    (BIG, {"gpu-memory-utilization": 0.7}, None, "ok", "needs 85.2 GB (0.7 of 121.7 GB), 114.4 GB can be free", ""),
+    (BIG, {"gpu-memory-utilization": 0.93}, None, "fail", "needs 113.2 GB", "lower gpu-memory-utilization to 0.91"),
+    (BIG, {}, None, "warn", "that is tight", "lower gpu-memory-utilization to 0.91"),
+    (BIG, {"gpu-memory-utilization": 0.4}, None, "fail", "60.0 GB of weights and 1 GB to work in do not fit into 48.7 GB", "raise gpu-memory-utilization to 0.55"),
+    (BIG, {"gpu-memory-utilization": 0.52}, None, "warn", "leaves 3.3 GB for KV cache", "raise gpu-memory-utilization"),
+    ({"weights_kb": ["136314880"]}, {"gpu-memory-utilization": 0.9}, None, "fail", "130.0 GB of weights", "use more Sparks"),
+    (SMALL, {"kv-cache-memory-bytes": "100G"}, None, "fail", "needs 114.0 GB (weights, KV cache and 4 GB to work in)", "lower kv-cache-memory-bytes to 97G"),
+    (SMALL, {"kv-cache-memory-bytes": "20G"}, None, "ok", "needs 34.0 GB", ""),
+    ({**BIG, "MemAvailable": ["41943040 kB"]}, {"gpu-memory-utilization": 0.6}, OLD, "ok", "100.0 GB can be free, 60.0 of them given back", ""),
+    ({**BIG, "MemAvailable": ["41943040 kB"], "engine": ["alive"], "engine_process": ["77 2097152"], "gpu": ["77 71680 - python", "8 20480 ab python"], "container": ["ab kokoro"]},
+     {"gpu-memory-utilization": 0.9}, None, "warn", "112.0 GB can be free, 72.0 of them given back", "stop kokoro (20.0 GB)"),
+    ({**BIG, "MemAvailable": ["41943040 kB"], "gpu": ["8 30720 ab python"], "container": ["ab kokoro"]},
+     {"gpu-memory-utilization": 0.6}, None, "fail", "needs 73.0 GB (0.6 of 121.7 GB), and 40.0 GB can be free", "stop kokoro (30.0 GB), or take a smaller"),
+    ({**SMALL, "MemTotal": ["127600000 kB"], "MemAvailable": ["127500000 kB"]}, {"gpu-memory-utilization": 0.94}, None, "warn", "leaves 7.3 GB to the system", "lower gpu-memory-utilization"),
+])
+def test_the_memory_check_tells_what_fits_and_which_knob_to_turn(facts, knobs, current, status, detail, remedy):
+    model = sc.ModelDef("k", "k", repo="o/n", knobs=tuple(knobs.items()))
+    check, = [c for c in sc.evaluate_checks(look(facts, model, current=current)) if c.name == "memory"]
+    assert check.status == status and detail in check.detail and remedy in check.remedy, check
+    assert check.numbers["host"] == "spark1" and check.numbers["need"] > 0
+
+
+def test_what_a_spark_says_of_gpu_memory_may_be_anything():
+    lines = ["gpu 12 [N/A] - x", "gpu", "gpu 13 [Not Supported] - y", "gpu 14 2048 ab /usr/bin/a b\x1b[31m", "gpu 15 1024 - /opt/tts", "container ab it's", "container cd",
+             "engine_process 12 - ", "engine_process x y"]
+    assert sc.gpu_holders(sc.parse_facts("\n".join(lines))) == (None, {"it's": 2.0, "tts": 1.0})
+
+
+def two_sparks(**changes):
+    """Verdicts for a cluster model where spark2 differs."""
+    wide = sc.ModelDef("w", "w", repo="o/w", mode="cluster", knobs=(("gpu-memory-utilization", 0.6),))
+    base = look(model=wide, used=("spark1", "spark2"))
+    base.there["spark2"] = base.there["spark2"] | {k: [v] for k, v in changes.items()}
+    return verdicts(base)
+
+
+@pytest.mark.parametrize("changes,name,status,words", [
+    ({"image": "sha256:bb"}, "image", "fail", "is another image on each of spark1, spark2"),
+    ({"driver": "580.2"}, "driver", "warn", "different GPU drivers"),
+    ({"clock": "1010.5", "asked": "1000", "unsure": "0.2"}, "clock", "warn", "spark1 and spark2 are 10 s apart"),
+    ({"weights": "/hub/snapshots/other/"}, "weights", "warn", "different revisions"),
+])
+def test_the_sparks_of_a_cluster_are_compared(changes, name, status, words):
+    assert {status for status, _ in two_sparks().values()} == {"ok"}
+    found = two_sparks(**changes)
+    assert found[name][0] == status and words in found[name][1], found
+
+
 def test_a_cluster_model_wants_the_other_slots_of_its_sparks_empty_and_a_solo_one_does_not():
     other = sc.Plan("second", "m", ("m",), ("spark2",), 1, "c", "b", "", "", "", "", "")
     wide = sc.ModelDef("w", "w", repo="o/w", mode="cluster", knobs=(("gpu-memory-utilization", 0.6),))
@@ -2993,6 +3060,178 @@ def test_a_cluster_model_wants_the_other_slots_of_its_sparks_empty_and_a_solo_on
 
 
 # === 9 swap ===================================================================
+
+def check_of(reply, name):
+    """(status, detail, remedy) of the one check of that name in a swap or a validation."""
+    found, = [c for c in reply.json["checks"] if c["name"] == name]
+    return found["status"], found["detail"], found["remedy"]
+
+
+def asked_parser(rig, spark="spark1"):
+    path = rig.spark(spark) / "parsed"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize("knobs,said", [
+    ({"no-such-flag": 7}, "unrecognized arguments: --no-such-flag 7"),
+    ({"dtype": "float7"}, "argument --dtype: invalid choice: 'float7'"),
+    ({"max-num-seqs": "many"}, "argument --max-num-seqs: invalid int value: 'many'"),
+    ({"max-num-seqs": True}, "argument --max-num-seqs: expected one argument"),
+    ({"speculative-config": "{x"}, "argument --speculative-config/-sc: invalid loads value: '{x'"),
+    ({"enable-auto-tool-choice": True}, "--enable-auto-tool-choice requires --tool-call-parser"),
+])
+def test_arguments_that_vllm_refuses_are_told_in_its_words_before_anything_is_touched(two, tmp_path, knobs, said):
+    two.rig.parser("spark1")
+    (tmp_path / "models.yaml").write_text(json.dumps({"models": {"alpha": {"repo": "org/alpha", "knobs": {"gpu-memory-utilization": 0.5, **knobs}}}}))
+    until(lambda: set(two.get("/api/models/alpha").json.get("knobs", {})) >= set(knobs), what="the new catalog")
+    got = two.post("/api/swap/alpha/validate")
+    assert got.status == 200 and not got.json["ok"] and check_of(got, "flags")[0] == "fail"
+    assert check_of(got, "flags")[1].startswith("vLLM refuses its arguments: ") and said in check_of(got, "flags")[1] and "knobs or args" in check_of(got, "flags")[2]
+    got = two.swap("alpha")
+    assert got.status == 502 and errors_of(got.json)[0] == "check_failed" and said in errors_of(got.json)[1]
+    assert not launches(two.rig) and [p["phase"] for p in got.json["phases"]] == ["queued", "checking", "failed"]
+    assert len(asked_parser(two.rig)) == 1
+    assert two.swap("alpha", skip_checks=["flags"], dry_run=True).status == 200 and len(asked_parser(two.rig)) == 1
+
+
+def test_vllms_parser_is_asked_once_for_an_image_and_its_arguments(two):
+    rig = two.rig
+    rig.parser("spark1")
+    first = two.post("/api/swap/alpha/validate", {"slot": "main"})
+    assert first.json["ok"] and check_of(first, "flags")[0] == "ok" and "exec vllm serve org/alpha" in " ".join(first.json["commands"])
+    assert two.get("/api/swap").json["recent"] == [] and not rig.containers("spark1")
+    assert two.swap("alpha").status == 200 and two.swap("alpha", restart=True).status == 200
+    (argv,) = map(json.loads, asked_parser(rig))
+    running = [a for _, a in rig.engines("spark1")][0]
+    assert argv == running                      # exactly what is then run
+    rig.control("spark1", "image_id", "another build")
+    assert two.swap("alpha", restart=True).status == 200 and len(asked_parser(rig)) == 2
+
+
+@pytest.mark.parametrize("changed,words", [
+    ({"vllm/entrypoints/cli/serve.py": "raise ImportError('moved')"}, "ImportError('moved')"),
+    ({"vllm/utils/argparse_utils.py": ""}, "cannot import name 'FlexibleArgumentParser'"),
+    ({"vllm/entrypoints/cli/serve.py": "import os; print('hm', flush=True); os._exit(7)"}, "cannot tell"),
+])
+def test_a_vllm_whose_insides_have_moved_is_a_warning_and_no_refusal(two, changed, words):
+    two.rig.parser("spark1", **changed)
+    got = two.swap("alpha")
+    assert got.status == 200 and check_of(got, "flags")[0] == "warn" and words in check_of(got, "flags")[1]
+
+
+def test_one_validation_at_a_time_and_none_for_what_is_not_there(two):
+    two.rig.control("spark1", "docker_hangs")
+    first = background(lambda: two.post("/api/swap/alpha/validate"))
+    until(lambda: [c for c in two.rig.calls("spark1") if "LANG" not in c and "docker top" in c["command"]])
+    second = two.post("/api/swap/alpha/validate")
+    assert (second.status, second.code) == (409, "validate_running") and second.headers["Retry-After"]
+    assert check_of(first.result(60), "docker") == ("fail", "spark1: no answer within 5 s", "start docker, and add the ssh user to the group docker")
+    assert two.post("/api/swap/alpah/validate").json["error"]["nearest"] == "alpha"
+
+
+def test_every_check_but_the_first_can_be_skipped_by_name(two):
+    for name in sc.CHECKS:
+        got = two.post("/api/swap?wait=60", {"model": "alpha", "dry_run": True, "skip_checks": [name]})
+        assert got.status == (422 if name == "reachable" else 200), name
+    two.rig.control("spark1", "images", "something-else")
+    got = two.swap("alpha")
+    assert got.status == 502 and "vllm-node is not on spark1" in errors_of(got.json)[1]
+    got = two.swap("alpha", dry_run=True, skip_checks=["image"])
+    assert check_of(got, "image")[0] == "skipped" and "skipped" in "".join(l for l in (two.data / "swaps" / f"{got.json['id']}.log").read_text().splitlines() if "image" in l)
+
+
+WEIGHTS = (     # name, what is changed in the snapshot, status, words
+    ("all is there", lambda s: None, "ok", ""),
+    ("a shard is gone", lambda s: (s / "model-00002-of-00002.safetensors").unlink(), "fail", "without model-00002-of-00002.safetensors"),
+    ("a link leads nowhere", lambda s: (s / "model-00001-of-00002.safetensors").resolve().unlink(), "fail", "without model-00001-of-00002.safetensors"),
+    ("no configuration", lambda s: (s / "config.json").unlink(), "fail", "without config.json"),
+    ("still coming", lambda s: (s.parent.parent / "blobs/1f.0a1b2c3d.incomplete").touch(), "fail", "still being downloaded"),
+    ("an index of another format", lambda s: (s / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-00001.bin"}}'), "ok", ""),
+    ("an index that lies", lambda s: (s / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {"a": "x\nengine alive.safetensors", "b": "$(touch CANARY).safetensors", "c": "-rf.safetensors", "d": "'; touch CANARY;'.safetensors"}})), "fail", "without $(touch CANARY).safetensors"),
+    ("no weights at all", lambda s: [f.unlink() for f in s.glob("model*")], "fail", "without weights"),
+)
+
+
+@pytest.mark.parametrize("change,status,words", [w[1:] for w in WEIGHTS], ids=[w[0] for w in WEIGHTS])
+def test_weights_are_complete_only_if_every_file_of_the_index_is_there(two, change, status, words):
+    change(next((two.rig.spark("spark1") / "home/.cache/huggingface/hub/models--org--alpha/snapshots").iterdir()))
+    got = two.swap("alpha", dry_run=True)
+    assert check_of(got, "weights")[0] == status and words in check_of(got, "weights")[1], check_of(got, "weights")
+    assert not list(two.rig.root.glob("**/CANARY"))
+
+
+@pytest.mark.parametrize("uid,lingers,told,warns", [(1000, False, "b true", True), (1000, False, "b false", False), (1000, True, "b true", False), (0, False, "b true", False)])
+def test_a_login_user_whose_shared_memory_systemd_removes_is_warned(tmp_path, uid, lingers, told, warns):
+    for name, text in (("id", f'[ "$1" = -u ] && echo {uid} || echo me'), ("busctl", f"echo {told}"), ("timeout", 'shift; exec "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "me").touch() if lingers else None
+    script = sc.SESSION_TRAP.replace("/var/lib/systemd/linger", str(tmp_path))
+    got = subprocess.run(["sh", "-c", script], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, timeout=10)
+    assert sc.parse_facts(got.stdout)["removes_ipc"] == (["yes"] if warns else [])
+
+
+def test_only_what_vllm_loads_counts_as_weights(two):
+    snapshot = two.rig.weights("spark1", "org/alpha", size=3 << 20)
+    (snapshot / "original").mkdir()
+    for extra in ("original/model.safetensors", "consolidated.safetensors", "pytorch_model.bin"):
+        (snapshot / extra).write_bytes(bytes(20 << 20))
+    numbers = [c["numbers"] for c in two.swap("alpha", dry_run=True).json["checks"] if c["name"] == "memory"]
+    facts = sc.parse_facts(two.rig.sh("spark1", "s=%s\n%s" % (snapshot, sc.WEIGHTS_FACTS)).stdout)
+    assert 6 << 10 <= int(facts["weights_kb"][0]) < 7 << 10 and numbers[0]["weights"] == 0.0
+
+
+def test_a_local_model_whose_path_leads_out_of_the_roots_is_refused(two, tmp_path):
+    outside = Path("/var/tmp") / f"sparkctl-{os.getpid()}"
+    shutil.copytree(two.rig.local, outside)
+    try:
+        shutil.rmtree(two.rig.local)
+        two.rig.local.symlink_to(outside)
+        status, detail, _ = check_of(two.swap("tuned", dry_run=True), "weights")
+        assert status == "fail" and f"leads to {outside}, outside LOCAL_MODEL_ROOTS" in detail
+    finally:
+        shutil.rmtree(outside)
+
+
+def meminfo(available_gb):
+    return MEMINFO.replace("120000000", str(int(available_gb * (1 << 20))))
+
+
+def test_a_launch_waits_until_the_memory_is_back_and_flat(two):
+    rig, launched = two.rig, []
+    assert two.swap("alpha").status == 200
+    rig.control("spark1", "meminfo", meminfo(40))           # the old engine holds 60.8
+    went = background(lambda: two.swap("beta"))
+    two.phase("stopping")
+    until(lambda: not rig.containers("spark1"))
+    for gb in (45, 55, 64, 66, 70, 80, 90):                 # memory comes back slowly: it would fit from 64 on
+        rig.control("spark1", "meminfo", meminfo(gb))
+        until(lambda: f"spark1 has {gb}.0 GB" in two.running()["progress"]["text"], what=f"{gb} GB seen")
+        launched.append(len(launches(rig)))
+    assert went.result(60).status == 200 and set(launched) == {1}
+
+
+def test_memory_that_does_not_come_back_fails_the_swap_before_the_launch_and_tells_who_holds_it(rig, start, tmp_path):
+    p = start(rig_env(rig, tmp_path, SWAP_STOP_TIMEOUT="3"), args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    assert p.swap("alpha").status == 200
+    rig.control("spark1", "meminfo", meminfo(40))
+    rig.control("spark1", "gpu_processes", "4242, 51200, /opt/comfy/python main.py\n")
+    got = p.swap("beta", rollback=False)
+    code, message, remedy = errors_of(got.json)
+    assert (got.status, code) == (502, "memory_not_released") and len(launches(rig)) == 1
+    assert "spark1 has 40.0 GB available after the stop, and the model needs 60.8 GB; GPU memory is held by python main.py (50.0 GB)" in message and "stop python main.py" in remedy
+    assert [x["phase"] for x in got.json["phases"]][-2:] == ["stopping", "failed"]
+
+
+def test_a_new_models_load_is_estimated_from_the_size_of_what_was_loaded_before(tmp_path):
+    m = manager(tmp_path)
+    plan = sc.dataclasses.replace(PLAN, weights_gb=60)
+    done = lambda model, seconds, **more: sc.Swap("i", "main", model, phase="ready", phases=(("loading", sc.utc(), seconds), ("ready", sc.utc(), 0.0)), plan=plan, **more)
+    with m._lock:
+        m.recent = (done("a", 60.0), done("a", 90.0), done("b", 120.0))
+    assert m.durations("a")["loading"] == 75.0 and m.durations("new", 20)["loading"] == 30.0 and "loading" not in m.durations("new")
+
 
 def launches(rig):
     return [c for c in rig.calls() if "launch-cluster.sh" in c["command"] and " exec " in c["command"] and c["from"] is None]
@@ -3063,6 +3302,7 @@ FAILURES = (    # name, behaviour of the engine, faults, settings, error code, w
     ("fails its first request", {"mode": "warm_fails"}, {}, {}, "warming_failed", "HTTP 500"),
     ("launcher exits non-zero", {"mode": "ok"}, {"launcher_exit": "3"}, {}, "launch_failed", "exit code 3: Error: something broke"),
     ("launcher hangs", {"mode": "ok"}, {"launcher_hangs": ""}, {"SWAP_LAUNCH_TIMEOUT": "1"}, "launch_timeout", "did not end within 1 s"),
+    ("ended by the kernel", {"mode": "killed", "load": 0.6}, {"kernel": "audit: x\nVLLM::Worker invoked oom-killer: gfp_mask=0x1\n"}, {}, "out_of_memory", "its kernel ended a process"),
     ("image missing", {"mode": "ok"}, {"images": "something-else"}, {}, "image_missing", "vllm-node"),
 )
 
@@ -3077,7 +3317,7 @@ def test_a_failed_load_is_named_and_the_previous_model_comes_back(rig, start, tm
     rig.behave("spark1", "beta", **behaviour)
     for fault, value in faults.items():
         rig.control("spark1", fault, value)
-    got = p.swap("beta")
+    got = p.swap("beta", skip_checks=["image"])
     assert got.status == 502, got.json
     assert got.json["phase"] == "failed"
     assert errors_of(got.json)[0] == code and words in errors_of(got.json)[1], errors_of(got.json)
@@ -4274,7 +4514,9 @@ def run(argv):
             time.sleep(0.05)
         return 137
     env = surroundings(meta)
-    full = path_of(argv[0], env)
+    if argv[0] == "python3":        # only an image that a test gave a vLLM has a Python
+        env["PYTHONPATH"] = SPARK + "/image"
+    full = path_of(argv[0], env) if argv[0] != "python3" or control("image/vllm/__init__.py") is not None else None
     if not full:
         meta["rm"] = True
         ended(cdir, meta, 127)
@@ -4753,6 +4995,56 @@ except OSError:
     code = code or 1
 os._exit(code or 0)
 '''
+
+NVIDIA_SMI = r'''#!/bin/sh
+# Stand-in for nvidia-smi on a GB10, which tells no memory but that of processes.
+[ ! -f "@ROOT@/sparks/$RIG_SPARK/nvidia_hangs" ] || exec sleep 60
+case "$*" in
+    *query-compute-apps=pid,used_memory,process_name*) cat "@ROOT@/sparks/$RIG_SPARK/gpu_processes" 2>/dev/null ;;
+    *query-gpu=driver_version*) cat "@ROOT@/sparks/$RIG_SPARK/driver" 2>/dev/null || echo 580.126.09 ;;
+    *query-gpu=*memory*) echo "[N/A], [N/A], [N/A]" ;;
+    *) echo "| N/A   36C    P8              3W /  N/A  | Not Supported          |      0%      Default |" ;;
+esac
+'''
+
+JOURNALCTL = r'''#!/bin/sh
+# Stand-in for journalctl -k --since @SECONDS: the kernel's own log.
+case "$*" in *"--since @1"*) cat "@ROOT@/sparks/$RIG_SPARK/kernel" 2>/dev/null ;; *) exit 1 ;; esac
+'''
+
+# What vllm/entrypoints/cli/serve.py and vllm/utils/argparse_utils.py offer, as far as the parser of `vllm serve` needs it.
+PARSER_PACKAGE = {
+    "vllm/__init__.py": "", "vllm/entrypoints/__init__.py": "", "vllm/entrypoints/cli/__init__.py": "", "vllm/utils/__init__.py": "",
+    "vllm/utils/argparse_utils.py": "from argparse import ArgumentParser as FlexibleArgumentParser\n",
+    "vllm/entrypoints/cli/serve.py": r'''
+import json, os, sys
+assert "--port" not in sys.argv[0]
+
+class Serve:
+    def subparser_init(self, subparsers):
+        p = subparsers.add_parser("serve")
+        p.add_argument("model_tag", nargs="?")
+        p.add_argument("--port", type=int)
+        p.add_argument("--served-model-name", nargs="+")
+        for name in ("--max-num-seqs", "--tensor-parallel-size", "--max-model-len"):
+            p.add_argument(name, type=int)
+        p.add_argument("--gpu-memory-utilization", type=float)
+        p.add_argument("--dtype", choices=["auto", "float16"])
+        p.add_argument("--speculative-config", "-sc", type=json.loads)
+        p.add_argument("--enable-auto-tool-choice", action="store_true")
+        p.add_argument("--tool-call-parser")
+        p.add_argument("--override-generation-config", type=json.loads)
+        with open(os.environ["HOME"] + "/../parsed", "a") as f:
+            f.write(json.dumps(sys.argv) + "\n")
+        return p
+
+    def validate(self, args):
+        if args.enable_auto_tool_choice and not args.tool_call_parser:
+            raise TypeError("Error: --enable-auto-tool-choice requires --tool-call-parser")
+
+def cmd_init():
+    return [Serve()]
+'''}
 
 LAUNCHER = r'''#!/bin/bash
 # Stand-in for launch-cluster.sh as of September 2026.
@@ -5665,7 +5957,7 @@ class Rig:
             (spark / "docker").mkdir(parents=True)
             (spark / "home" / "spark-vllm-docker").mkdir(parents=True)
             (spark / "bin").mkdir()
-            for program, text in (("ssh", SSH), ("docker", DOCKER), ("vllm", VLLM)):
+            for program, text in (("ssh", SSH), ("docker", DOCKER), ("vllm", VLLM), ("nvidia-smi", NVIDIA_SMI), ("journalctl", JOURNALCTL)):
                 self._program(spark / "bin" / program, text)
             for alias in ("pgrep", "pkill", "killall"):     # the system's own would hit every test run on this machine
                 (spark / "bin" / alias).symlink_to("docker")
@@ -5843,6 +6135,13 @@ class Rig:
                     return child
             time.sleep(0.01)
         raise RuntimeError(f"the stranger on {spark}:{port} does not listen")
+
+    def parser(self, spark, **changed):
+        """Give the Spark's images a vLLM whose parser can be asked; changed: files of it."""
+        for name, text in {**PARSER_PACKAGE, **changed}.items():
+            path = self.spark(spark) / "image" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
 
     # --- weights
 

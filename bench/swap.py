@@ -119,6 +119,35 @@ def swaps(program, rig, rounds, hand):
     row("ready noticed after the engine's first answer", noticed, "s", "aim <= 0.3")
 
 
+def checks(program, rig, rounds):
+    """How long a swap looks before it touches anything, with vLLM's own parser (a pretended one) and without."""
+    def dry():
+        began = time.perf_counter()
+        assert program.swap("beta", dry_run=True).status == 200
+        return time.perf_counter() - began
+    row("checks of a healthy pair, the parser's answer not known", [dry() for _ in range(rounds)], "s", "aim < 5")
+    for spark in rig.sparks:
+        rig.parser(spark)
+    dry()
+    row("  and known", [dry() for _ in range(rounds)], "s")
+
+
+def deaf_stop(program, rig, rounds):
+    """The stop of a container whose first process ignores SIGTERM, as `sleep` does: docker stop waits 10.2 s, as seen on a real docker."""
+    rig.control("spark1", "stop_delay", 10.2)
+    took, hand = [], []
+    for i in range(rounds):
+        program.swap(("beta", "alpha")[i % 2])
+        took.append(next(p["seconds"] for p in program.idle()[0]["phases"] if p["phase"] == "stopping"))
+        began = time.perf_counter()
+        rig.sh("spark1", "cd spark-vllm-docker; ./launch-cluster.sh --solo --name vllm_node stop")
+        hand.append(time.perf_counter() - began)
+        program.swap("alpha")
+    row("stopping, first process deaf to SIGTERM (reclaim gate included)", took, "s")
+    row("  the launcher's own stop", hand, "s")
+    rig.control("spark1", "stop_delay", 0)
+
+
 def failures(program, rig, rounds):
     spent = []
     for _ in range(rounds):
@@ -174,6 +203,8 @@ def main():
             env = t.rig_env(rig, folder, POLL_SECONDS="5")
             program = t.Program(folder, env, ("--models", str(folder / "models.yaml"), "--services", str(folder / "services.yaml")))
             swaps(program, rig, args.rounds, hand)
+            checks(program, rig, args.rounds)
+            deaf_stop(program, rig, min(3, args.rounds))
             failures(program, rig, args.rounds)
             idle(program, args.idle)
         finally:
