@@ -136,8 +136,8 @@ def deaf_stop(program, rig, rounds):
     """The stop of a container whose first process ignores SIGTERM, as `sleep` does: docker stop waits 10.2 s, as seen on a real docker."""
     rig.control("spark1", "stop_delay", 10.2)
     took, hand = [], []
-    for i in range(rounds):
-        program.swap(("beta", "alpha")[i % 2])
+    for _ in range(rounds):
+        assert program.swap("beta", restart=True).status == 200
         took.append(next(p["seconds"] for p in program.idle()[0]["phases"] if p["phase"] == "stopping"))
         began = time.perf_counter()
         rig.sh("spark1", "cd spark-vllm-docker; ./launch-cluster.sh --solo --name vllm_node stop")
