@@ -3224,6 +3224,25 @@ def test_memory_that_does_not_come_back_fails_the_swap_before_the_launch_and_tel
     assert [x["phase"] for x in got.json["phases"]][-2:] == ["stopping", "failed"]
 
 
+@pytest.mark.parametrize("age,quiet,slower", [(160, 31, True), (160, 29, False), (140, 31, False)])
+def test_a_load_is_called_slow_after_half_as_long_again_and_half_a_minute_without_a_line(tmp_path, age, quiet, slower):
+    m = manager(tmp_path)
+    with m._lock:
+        m.recent = (sc.Swap("i", "main", "alpha", phase="ready", phases=(("loading", sc.utc(), 100.0), ("ready", sc.utc(), 0.0))),)
+    m.start("main", "alpha")
+    m._enter("checking")
+    m._enter("draining")
+    m._enter("stopping", touched=True)
+    m._update(plan=PLAN)
+    m._enter("launching")
+    m._enter("loading")
+    m._update(phase_began=time.time() - age)
+    run = sc.SwapRun(m, m._config(), threading.Event())
+    run.last_line = time.monotonic() - quiet
+    run._tell_progress(time.monotonic())
+    assert (m.book.running.slower, m.book.running.usual_seconds) == (slower, 100.0)
+
+
 def test_a_new_models_load_is_estimated_from_the_size_of_what_was_loaded_before(tmp_path):
     m = manager(tmp_path)
     plan = sc.dataclasses.replace(PLAN, weights_gb=60)
