@@ -3146,7 +3146,7 @@ WEIGHTS = (     # name, what is changed in the snapshot, status, words
     ("a link leads nowhere", lambda s: (s / "model-00001-of-00002.safetensors").resolve().unlink(), "fail", "without model-00001-of-00002.safetensors"),
     ("no configuration", lambda s: (s / "config.json").unlink(), "fail", "without config.json"),
     ("still coming", lambda s: (s.parent.parent / "blobs/1f.0a1b2c3d.incomplete").touch(), "fail", "still being downloaded"),
-    ("an index of another format", lambda s: (s / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-00001.bin"}}'), "ok", ""),
+    ("an index of another format", lambda s: (s / "consolidated.index.json").write_text('{"weight_map": {"a": "consolidated-00001.safetensors"}}'), "ok", ""),
     ("an index that lies", lambda s: (s / "model.safetensors.index.json").write_text(json.dumps(
         {"weight_map": {"a": "x\nengine alive.safetensors", "b": "$(touch CANARY).safetensors", "c": "-rf.safetensors", "d": "'; touch CANARY;'.safetensors"}})), "fail", "without $(touch CANARY).safetensors"),
     ("no weights at all", lambda s: [f.unlink() for f in s.glob("model*")], "fail", "without weights"),
