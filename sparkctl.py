@@ -1223,19 +1223,24 @@ def with_since(logs, since):
 
 # --- scripts; each is POSIX sh, runs on one Spark, and may be run twice without harm
 
-def launch_once_script(swap_id, command):
-    """Launch at most once; prints `since TIME` (the Spark's clock), then the launcher's output, and ends with its exit code."""
-    # Whoever makes the directory named after the swap launches; everybody waits. The launch runs in a session of its own
-    # with its output in that directory, so that neither a dropped ssh nor our own death stops it half-way.
+def begin_once(name, command):
+    """Shell text that begins command at most once, and sets $d: where its pid, its output (out) and at last its exit code (rc) are."""
+    # Whoever makes the directory of that name begins. The command runs in a session of its own with its output in that
+    # directory, so that neither a dropped ssh nor our own death stops it half-way.
     inner = f'echo $$ >"$1/pid"; ( {command}\n) >"$1/out" 2>&1 </dev/null; echo $? >"$1/tmp"; mv "$1/tmp" "$1/rc"'
-    return f"""d="$HOME/.cache/sparkctl/"{quote_arg(swap_id)}
+    return f"""d="$HOME/.cache/sparkctl/"{quote_arg(name)}
 mkdir -p "$HOME/.cache/sparkctl" || exit 70
 if mkdir "$d" 2>/dev/null; then
   find "$HOME/.cache/sparkctl" -mindepth 1 -maxdepth 1 -mtime +7 -exec rm -rf {{}} + 2>/dev/null
   date -u +%Y-%m-%dT%H:%M:%S.%NZ >"$d/since"
   $(command -v setsid) sh -c {quote_arg(inner)} sh "$d" </dev/null >/dev/null 2>&1 &
 fi
-i=0
+"""
+
+
+def launch_once_script(swap_id, command):
+    """Launch at most once; prints `since TIME` (the Spark's clock), then the launcher's output, and ends with its exit code."""
+    return begin_once(swap_id, command) + """i=0
 while [ ! -e "$d/rc" ]; do
   sleep 0.1; i=$((i+1))
   if [ $i -gt 30 ] && ! kill -0 "$(cat "$d/pid" 2>/dev/null)" 2>/dev/null && [ ! -e "$d/rc" ]; then
@@ -1249,7 +1254,7 @@ exit "$r"
 
 
 def end_launch_script(swap_id):
-    """End a launcher that is still at work for swap_id."""
+    """End what begin_once began under that name, if it is still at work."""
     return f"""d="$HOME/.cache/sparkctl/"{quote_arg(swap_id)}
 p=$(cat "$d/pid" 2>/dev/null)
 if [ -n "$p" ] && [ ! -e "$d/rc" ]; then kill -TERM -- "-$p" 2>/dev/null || kill -TERM "$p" 2>/dev/null; sleep 0.3; kill -KILL -- "-$p" 2>/dev/null; fi
@@ -1312,6 +1317,29 @@ while :; do
   [ $i -lt 3 ] || docker rm -f {c} >/dev/null 2>&1
   i=$((i+1)); sleep 0.1
 done
+"""
+
+
+# Sets $h to the Hugging Face cache, as huggingface_hub's constants.py finds it.
+HUB = "h=${HF_HUB_CACHE:-${HF_HOME:-$HOME/.cache/huggingface}/hub}\n"
+# A shell function: `snapshot REPO` sets $s to the directory of files that a load of the repo would read.
+SNAPSHOT = """snapshot() {
+  s=$1/snapshots/$(head -c 100 "$1/refs/main" 2>/dev/null); [ -e "$s/config.json" ] || s=$(ls -td "$1"/snapshots/*/ 2>/dev/null | head -n 1)
+}
+"""
+# A shell function: `lacks SNAPSHOT [REPO]` prints `missing NAME` for all that keeps weights from being complete. An unfinished
+# file counts until its blob is there: a 2.x download leaves it behind when it is killed, and takes another name the next time.
+# A name never stands in a line as it is: what no file of a repo needs becomes `?`, and every line has its prefix.
+WEIGHTS_COMPLETE = r"""lacks() {
+  { ls "$1" 2>/dev/null | grep -qE '^(config|params)\.json$|\.gguf$' || echo config.json
+    ls "$1" 2>/dev/null | grep -qE '\.(safetensors|bin|gguf|pt|pth)$' || echo weights
+    cat "$1"/*.index.json 2>/dev/null | grep -oE '"[^"]+\.(safetensors|bin)"' | tr -d '"' | sort -u |
+      while IFS= read -r f; do [ -e "$1/$f" ] || printf '%s\n' "$f"; done
+    ls "$1" 2>/dev/null | sed -nE 's/^(.*)-[0-9]+(-of-([0-9]+)\.(safetensors|bin|gguf))$/\3 \1-*\2/p' | sort | uniq -c | awk '$1 < $2 + 0 {print $3}'
+    for f in "$1"/*; do [ -e "$f" ] || [ ! -L "$f" ] || printf '%s\n' "${f##*/}"; done
+    [ -z "$2" ] || for f in "$2"/blobs/*.incomplete; do b=${f##*/}; [ ! -e "$f" ] || [ -e "$2/blobs/${b%%.*}" ] || printf '%s\n' "$b"; done
+  } | LC_ALL=C tr -c 'A-Za-z0-9._*/\n-' '?' | cut -c 1-200 | sort -u | head -n 50 | sed 's/^/missing /'
+}
 """
 
 
@@ -3542,7 +3570,444 @@ class Jobs:
 
 
 # === 11 weights ===============================================================
-# What is on the Sparks' disks.
+# What is on the Sparks' disks: list it, download, copy from Spark to Spark, delete. A transfer's work is a process of
+# the Spark's own that is begun at most once (begin_once); a thread of ours looks at it once a second, and after a
+# restart so does the next one. A Spark that does not answer meanwhile is waited for.
+
+
+def repo_dir(repo):
+    """The name of a repo's directory in the cache (huggingface_hub file_download.py, repo_folder_name)."""
+    return "models--" + repo.replace("/", "--")
+
+
+def disk_script(repo="", local=()):
+    """A look at a Spark's cache, or at one repo of it, and at local models, ((key, path), …); lines for parse_disk. Changes nothing."""
+    # stat follows links: into blobs/, and from there into the store that huggingface_hub 2 shares between repos
+    rows = "\n".join(f"[ ! -d {p} ] || row local {quote_arg(key)} {p} {p}" for key, path in local for p in [quote_arg(path)])
+    return HUB + SNAPSHOT + WEIGHTS_COMPLETE + f"""row() {{
+  echo "$1 $(printf %s "$2" | tr -c 'A-Za-z0-9._-' '?')"; lacks "$4" "$3"
+  find "$3/" \\( -type f -o -type l \\) -exec stat -L -c 'file %d %i %s %f %X %Y' {{}} + 2>/dev/null | sort -u
+}}
+LC_ALL=C p=$h; export LC_ALL
+while [ ! -d "$p" ]; do p=$(dirname "$p"); done
+stat -f -c 'disk %S %b %a' "$p"; echo "hub $(printf %s "$h" | tr -c 'A-Za-z0-9._/@+=-' '?')"
+for r in "$h"/{quote_arg(repo_dir(repo)) if repo else "models--*"}; do [ ! -d "$r" ] || {{ snapshot "$r"; row repo "${{r##*/}}" "$r" "$s"; }}; done
+{rows}
+exit 0
+"""
+
+
+def parse_disk(out):
+    """disk_script's output -> ({hub, total_bytes, free_bytes}, [row]); lines that do not fit are passed over.
+
+    A row has name (of the directory, with ? for what no repo's name has; a local model's key), local, missing, used,
+    modified (Unix times), and files: {(device, inode): bytes}, so that what is shared can be counted once.
+    """
+    facts, rows = {"hub": "", "total_bytes": 0, "free_bytes": 0}, []
+    for line in out.splitlines():
+        kind, _, said = line.partition(" ")
+        if kind in ("repo", "local"):
+            rows.append({"name": printable(said, 300), "local": kind == "local", "missing": [], "files": {}, "used": 0, "modified": 0})
+        elif kind == "hub":
+            facts["hub"] = printable(said)
+        elif kind == "disk" and re.fullmatch(r"\d{1,9} \d{1,15} \d{1,15}", said):
+            size, total, free = map(int, said.split())
+            facts.update(total_bytes=size * total, free_bytes=size * free)
+        elif kind == "missing" and rows:
+            rows[-1]["missing"].append(printable(said, 200))
+        elif kind == "file" and rows and (m := re.fullmatch(r"(\d{1,20} \d{1,20}) (\d{1,18}) 8[0-9a-f]{3} (\d{1,10}) (\d{1,10})", said)):   # 8: a regular file
+            row = rows[-1]
+            row["files"][m[1]] = int(m[2])
+            row.update(used=max(row["used"], int(m[3])), modified=max(row["modified"], int(m[4])))
+    return facts, rows
+
+
+def shown_disk(facts, rows, models, in_use):
+    """What parse_disk found as /api/disk shows it. models: directory or key -> keys of the models that use it; in_use: such keys."""
+    owners, everything = collections.Counter(f for row in rows for f in row["files"]), {}
+    shown = []
+    for row in rows:
+        everything |= row["files"]
+        keys = models.get(row["name"], [])
+        shown.append({"name": row["name"], "repo": None if row["local"] else row["name"][8:].replace("--", "/"), "local": row["local"],
+                      "bytes": sum(row["files"].values()), "shared_bytes": sum(n for f, n in row["files"].items() if owners[f] > 1),
+                      "complete": not row["missing"], "missing": row["missing"], "models": keys, "serving": bool(in_use & set(keys)),
+                      "used_at": row["used"] and utc(row["used"]) or None, "modified_at": row["modified"] and utc(row["modified"]) or None})
+    return {**facts, "used_bytes": sum(everything.values()), "repos": sorted(shown, key=lambda row: -row["bytes"])}
+
+
+def weights_used_by(model, config, book, served):
+    """Why the weights of model must stay where they are, or "". served: slot -> names that its engine answers to."""
+    same = {m.key for m in config.models.values() if m.source == model.source}
+    named = re.compile(rf"(?<![\w./-]){re.escape(model.source)}(?![\w/-])")        # also as the draft of another model
+    for slot, plan in book.slots.items():
+        if plan.model in same or named.search(plan.launch):
+            return f"slot {slot} serves {plan.model}"
+    for slot, answers in served.items():
+        if any(name == model.source or (m := config.find(name)) and m.key in same for name in answers):
+            return f"slot {slot} serves {answers[0]}"
+    for s in filter(None, (book.running, book.waiting)):
+        if {s.model, s.from_model, s.previous and s.previous.model} & same or s.previous and named.search(s.previous.launch):
+            return f"a swap on {s.slot} needs it ({s.phase})"
+    return ""
+
+
+# --- what a transfer runs on a Spark
+
+def download_command(repo, launch_dir):
+    """Shell text that downloads a repo into the cache, with the launcher's own script or with Hugging Face's program."""
+    # The token stays in the environment of that process: the Spark's own login, or the one the launcher gives containers.
+    # Without the shared store a repo is whole in its own directory, which can be copied and deleted.
+    q = quote_arg(repo)
+    return HUB + f"""PATH=$HOME/.local/bin:$PATH HF_HUB_CACHE=$h HF_HUB_DISABLE_PROGRESS_BARS=1 HF_HUB_DISABLE_SHARED_BLOBS=1 l={quote_path(launch_dir)}
+export PATH HF_HUB_CACHE HF_HUB_DISABLE_PROGRESS_BARS HF_HUB_DISABLE_SHARED_BLOBS
+if [ -z "$HF_TOKEN" ] && [ ! -s "${{HF_TOKEN_PATH:-${{HF_HOME:-$HOME/.cache/huggingface}}/token}}" ]; then
+  t=$(sed -n "s/^ *CONTAINER_HF_TOKEN=[\\"']*\\(hf_[A-Za-z0-9_]*\\).*/\\1/p" "$l/.env" 2>/dev/null | tail -n 1)
+  [ -z "$t" ] || export HF_TOKEN="$t"
+fi
+if [ -x "$l/hf-download.sh" ] && command -v uvx >/dev/null; then exec "$l/hf-download.sh" {q}; fi
+for p in hf huggingface-cli; do command -v $p >/dev/null && exec $p download {q}; done
+echo "neither uvx nor hf is installed"; exit 127
+"""
+
+
+def copy_command(repo, far, hub, pull):
+    """Shell text that copies a repo to the cache `hub` of far (user@host), or with pull from there."""
+    # The slash after the directory matters: without it rsync takes a link into the shared store for a safe one, and
+    # would copy the link without what it leads to. Blobs come before snapshots, so half a copy never looks complete.
+    there, here = quote_arg(f"{far}:{hub}/{repo_dir(repo)}/"), f'"$h"/{quote_arg(repo_dir(repo))}/'
+    return HUB + f"""command -v rsync >/dev/null || {{ echo "rsync: not found"; exit 127; }}
+exec rsync -a --mkpath --copy-unsafe-links --partial-dir=.rsync-partial --exclude='*.incomplete' \\
+  -e 'ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10' {f"{there} {here}" if pull else f"{here} {there}"}
+"""
+
+
+def job_script(name, command):
+    """Begin command at most once; says `running`, `lost` or its exit code, and then how its output ends."""
+    # by its command line, since after a reboot the number may be another process's
+    lives = f'grep -qaF -e {quote_arg(name)} "/proc/$(cat "$d/pid" 2>/dev/null)/cmdline" 2>/dev/null'
+    return begin_once(name, command) + f"""i=0
+while [ ! -e "$d/rc" ] && ! {lives} && [ $i -lt 30 ]; do sleep 0.1; i=$((i+1)); done
+if [ -e "$d/rc" ]; then cat "$d/rc"; elif [ $i -lt 30 ]; then echo running; else echo lost; fi
+tail -c 8000 "$d/out" 2>/dev/null
+exit 0
+"""
+
+
+def measure_script(repo):
+    """Says `total N`, the bytes that the repo's index promises, if it is there, and `bytes N`, those that are there."""
+    return HUB + SNAPSHOT + f"""r=$h/{quote_arg(repo_dir(repo))}; snapshot "$r"
+echo total $(cat "$s"/*.index.json 2>/dev/null | grep -oE '"total_size": *[0-9]{{1,18}}' | grep -oE '[0-9]+$' | sort -n | tail -n 1)
+echo bytes $(find "$r/" \\( -type f -o -type l \\) -exec stat -L -c '%d %i %s' {{}} + 2>/dev/null | sort -u | awk '{{s += $3}} END {{printf "%.0f", s}}')
+exit 0
+"""
+
+
+def delete_script(repo):
+    """Remove a repo from the cache by Hugging Face's own program, or if it is whole in its own directory; says `freed BYTES`."""
+    # Files of the shared store belong to several repos: only hf knows which are needed no more.
+    r = quote_arg(repo_dir(repo))
+    return HUB + f"""r=$h/{r} PATH=$HOME/.local/bin:$PATH; export PATH
+[ -e "$r" ] || [ -L "$r" ] || {{ echo freed 0; exit 0; }}
+[ "$(cd "$r" && pwd -P)" = "$(cd "$h" && pwd -P)/"{r} ] || {{ echo "$r is not a directory of its own in the cache; remove it by hand"; exit 3; }}
+[ -z "$(find "$r" -type d ! -writable | head -n 1)" ] || {{ echo "files there belong to another user: sudo chown -R \\"\\$USER\\" $r"; exit 3; }}
+used() {{ du -s -c -B1 "$r" "$h/blobs" 2>/dev/null | tail -n 1 | cut -f 1; }}
+b=$(used)
+hf cache rm --help >/dev/null 2>&1 && hf cache rm model/{quote_arg(repo)} --cache-dir "$h" --yes >/dev/null 2>&1
+if [ -e "$r" ]; then
+  [ -z "$(find "$r/blobs" -type l 2>/dev/null | head -n 1)" ] || {{ echo "its files are in the store shared by all repos: install hf there (pip install -U huggingface_hub), and delete again"; exit 3; }}
+  t=$h/.trash-$$-{r}; mv "$r" "$t" && rm -rf "$t" || {{ echo "could not be removed whole: see $t"; exit 3; }}
+fi
+a=$(used); echo "freed $((b - ${{a:-0}}))"
+"""
+
+
+TRANSFER_FAILURES = (   # (pattern, code, what happened, what to do); {at}: the Spark it ran on, {to}: the one that gets it; before FATAL
+    (r"(?i)repository ?not ?found|(?:Model|Repository) '[^']*' not found", "repo_not_found", "Hugging Face has no such repo, or does not show it to {at}",
+     "mend repo in the catalog; if it is private, log in on {at}: hf auth login"),
+    (r"requires approval|gated repo", "gated_repo", "Hugging Face refuses access to the repo", "accept the model's licence, and log in on {at}: hf auth login"),
+    (r"neither uvx nor hf|'uvx' command not found", "downloader_missing", "neither uvx nor hf is installed on {at}",
+     "install uv there: curl -LsSf https://astral.sh/uv/install.sh | sh"),
+    (r"rsync: (?:command )?not found", "rsync_missing", "rsync is not installed on {at} or {to}", "on both: sudo apt-get install -y rsync"),
+    (r"Host key verification failed|HOST IDENTIFICATION HAS CHANGED|Permission denied \((?!13)", "copy_refused", "{at} may not log in where it copies to or from",
+     "{at} and {to} must reach each other by ssh without a question: try it once by hand"),
+    (r"\[Errno 13\]|Permission denied \(13\)", "not_writable", "files in the cache belong to another user", "sudo chown -R $USER ~/.cache/huggingface on {to}"),
+    (r"name resolution|Name or service not known|Network is unreachable|No route to host|Connection refused|ConnectError|ConnectionError|Max retries|offline mode",
+     "no_network", "{at} does not reach what it copies from", "mend its network and begin again: what is there is kept"))
+
+
+def transfer_failure(said, code, at, to):
+    """The end of a failed process's output and its exit code -> the error that people see."""
+    said = re.sub(r"hf_\w{6,}", "hf_***", said)
+    lines = [printable(line, 400) for line in said.splitlines() if line.strip()][-20:]
+    signal_ = min((s for s in map(classify_log_line, lines) if s.kind == "fatal"), key=lambda s: s.rank, default=None)
+    known = next((row for row in TRANSFER_FAILURES if re.search(row[0], said)), None)
+    what = known[1:] if known else (signal_.code, signal_.text, signal_.remedy) if signal_ else (
+        "download_failed", f"it ended on {{at}} with exit code {code}", "see its last lines; begun again, it goes on with what is there")
+    return {"code": what[0], "message": what[1].format(at=at, to=to), "remedy": what[2].format(at=at, to=to), "log_tail": lines}
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """Weights on their way to Sparks, step by step. Immutable; replaced whole."""
+    id: str
+    model: str
+    repo: str
+    source: str                 # the Spark that downloads, or has them
+    steps: tuple                # ((download | copy, Spark that gets them, cache at the other end of a copy), …)
+    client: str = ""
+    started_at: str = ""
+    ended_at: str | None = None
+    state: str = "running"      # running, complete, failed, cancelled
+    step: int = 0
+    attempt: int = 0            # of the step: a process that was lost, in a reboot for one, is begun again
+    bytes: int = 0              # that the Spark of the running step has
+    total_bytes: int = 0        # 0 = unknown
+    bytes_per_second: float = 0.0
+    eta_seconds: float | None = None
+    note: str = ""
+    cancelling: bool = False
+    error: dict | None = None
+
+    @property
+    def hosts(self):
+        return {self.source, *(host for _, host, _ in self.steps)}
+
+    def public(self):
+        kind, host, _ = self.steps[min(self.step, len(self.steps) - 1)]
+        return {**dataclasses.asdict(self), "phase": kind, "host": host, "hosts": sorted(self.hosts),
+                "steps": [{"phase": k, "host": h} for k, h, _ in self.steps],
+                "fraction": round(min(1.0, self.bytes / self.total_bytes), 4) if self.total_bytes else None}
+
+
+class Transfers:
+    """Owns the transfers, their file, and a thread `transfer` for each that runs; lists and deletes what is on the disks."""
+
+    KEEP, ATTEMPTS, LOOK_S = 20, 5, 60                      # transfers that are over; tries of a step; limit of one remote call
+    LINE_LOST = ("10", "12", "20", "30", "35", "255")       # rsync's exit codes for a lost connection, and ssh's (rsync(1), EXIT VALUES)
+    UNKNOWN = "its size is not known, so free space was not checked"
+
+    def __init__(self, data_dir, config, hosts, hub, events, warn):
+        self._path, self._config, self._hosts, self._hub, self._events = os.path.join(data_dir, "transfers.json"), config, hosts, hub, events
+        self._lock = threading.Lock()
+        self.all = ()                                       # replaced under _lock; newest first
+        self._live = {}                                     # guarded by _lock; id -> (over, wake): Events of its thread
+        self._deleting = set()                              # guarded by _lock; (Spark, repo)
+        self._closing = threading.Event()
+        try:
+            rows = expect("list", read_state(self._path, warn).get("transfers", []))
+            kept = tuple(restore(Transfer, row, steps=lambda steps: tuple((str(k), str(h), str(c)) for k, h, c in steps)) for row in rows)
+            require(all(t.steps and 0 <= t.step <= len(t.steps) for t in kept), "no such step")
+            self.all = kept
+        except (TypeError, ValueError, AttributeError) as e:
+            warn(f"transfers.json is of another shape ({printable(str(e), 200)}) and is left out")
+
+    def start(self):
+        for t in self.running():
+            self._begin_thread(t.id)
+
+    def close(self):
+        """Stop looking; what runs on the Sparks goes on, and the next start looks again."""
+        self._closing.set()
+        with self._lock:
+            for over, wake in self._live.values():
+                over.set()
+                wake.set()
+
+    def running(self):
+        return [t for t in self.all if t.state == "running"]
+
+    def _begin_thread(self, id_):
+        over, wake = threading.Event(), threading.Event()
+        with self._lock:
+            self._live[id_] = over, wake
+        forever("transfer", over, functools.partial(self._work, id_, wake, collections.deque(maxlen=30))).start()
+
+    # --- asking
+
+    def look(self, name, *what):
+        """One Spark's disk -> (facts, rows) of parse_disk. Raises Refused 502."""
+        got = self._hosts.run(name, disk_script(*what), self.LOOK_S)
+        if got.kind != "ok":
+            raise Refused(502, "spark_unreachable", f"{name}: {why_not(got)}", remedy=remedy_for(got, self._hosts.sparks[name]))
+        return parse_disk(got.out)
+
+    def disk(self, in_use):
+        """Every Spark's disk and the last transfers; a Spark that does not answer costs its own row."""
+        models, users = self._config().models.values(), collections.defaultdict(list)
+        for m in models:
+            users[repo_dir(m.repo) if m.repo else m.key].append(m.key)
+
+        def row(name):
+            try:
+                return {"host": name, **shown_disk(*self.look(name, "", [(m.key, m.local_path) for m in models if m.local_path]), users, in_use)}
+            except Refused as e:
+                return {"host": name, "error": str(e), **e.details}
+        return {"hosts": list(self._hosts.each(self._hosts.sparks, row).values()), "transfers": [t.public() for t in self.all[:10]]}
+
+    def begin(self, model, names, client):
+        """Bring the weights of model to the Sparks of those names -> the Transfer, or None if all have them. Raises Refused 409, 502, 503."""
+        sparks, looks = self._hosts.sparks, self._hosts.each(names, lambda name: self.look(name, model.repo))
+        has = {name: sum(rows[0]["files"].values()) if rows else 0 for name, (_, rows) in looks.items()}
+        complete = [name for name in names if looks[name][1] and not looks[name][1][0]["missing"]]
+        source = next(iter([*complete, *names]))
+        # two Sparks that are both this machine have one cache
+        wanted = [name for name in names if name not in complete and (name == source or not (sparks[name].local and sparks[source].local))]
+        if not wanted:
+            return None
+        total = has[source] if complete else int(model.size_gb * GIB)
+        steps = tuple(("download" if name == source else "copy", name, looks[source if sparks[name].local else name][0]["hub"]) for name in wanted)
+        for kind, name, cache in steps:
+            free = looks[name][0]["free_bytes"]
+            if free < total - has[name]:
+                needed_gb, free_gb = (round(n / GIB, 1) for n in (total - has[name], free))
+                raise Refused(409, "disk_full", f"{model.key} needs {needed_gb:g} GB more on {name}, and {free_gb:g} GB are free: delete models that are not needed",
+                              host=name, needed_gb=needed_gb, free_gb=free_gb)
+            if kind == "copy" and not re.fullmatch(r"/[\w./@+=-]+", cache, re.ASCII):
+                raise Refused(409, "odd_cache", f"{printable(cache, 200)} has characters that rsync's far side would not take; name one Spark at a time")
+        now = time.time()
+        t = Transfer(f"weights-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{secrets.token_hex(2)}", model.key, model.repo, source, steps, client, utc(now),
+                     total_bytes=total, note="" if total else self.UNKNOWN)
+        with self._lock:
+            busy = next((old for old in self.all if old.state == "running" and old.hosts & t.hosts), None)
+            if busy or any((name, model.repo) in self._deleting for name in t.hosts):
+                doing = f"{busy.model} is on its way to {', '.join(sorted(busy.hosts & t.hosts))}" if busy else f"{model.key} is being deleted"
+                raise Refused(409, "transfer_running", f"{doing}: one transfer a Spark at a time", transfer=busy and busy.id)
+            over = [old for old in self.all if old.state != "running"][:self.KEEP]
+            self._publish_locked((t, *(old for old in self.all if old.state == "running" or old in over)), "state_unwritable")
+        self._events("download_started", f"{client} asked for the weights of {model.key} on {', '.join(wanted)}", transfer=t.id, model=model.key, client=client)
+        self._begin_thread(t.id)
+        return t
+
+    def cancel(self, key, client):
+        """End the running transfers of a model -> them. Raises Refused 404."""
+        with self._lock:
+            mine = {t.id for t in self.all if t.state == "running" and t.model == key}
+            if not mine:
+                raise Refused(404, "no_transfer", f"no transfer of {key} is running")
+            self._publish_locked(tuple(dataclasses.replace(t, cancelling=True) if t.id in mine else t for t in self.all))
+            for id_ in mine & self._live.keys():
+                self._live[id_][1].set()
+        log(f"{client} cancelled the transfer of {key}")
+        self._hub.bump()
+        return [t for t in self.all if t.id in mine]
+
+    def delete(self, model, names, client):
+        """Remove model's repo from the Sparks of those names -> [{host, freed_bytes}]. Raises Refused 409, 502 with what came of each."""
+        mine = {(name, model.repo) for name in names}
+        with self._lock:
+            if mine & (self._deleting | {(host, t.repo) for t in self.all if t.state == "running" for host in t.hosts}):
+                raise Refused(409, "transfer_running", f"{model.key} is on its way to or from a Spark, or being deleted: cancel that, or wait")
+            self._deleting |= mine
+
+        def remove(name):
+            got = self._hosts.run(name, delete_script(model.repo), 600)
+            said = printable((got.out.strip().splitlines() or [""])[-1], 300)
+            if got.kind == "ok" and (m := re.fullmatch(r"freed (-?\d{1,18})", said)):
+                return {"host": name, "freed_bytes": max(0, int(m[1]))}
+            return {"host": name, "freed_bytes": 0, "error": said if got.reached else why_not(got), "remedy": remedy_for(got, self._hosts.sparks[name])}
+        try:
+            rows = list(self._hosts.each(names, remove).values())
+        finally:
+            with self._lock:
+                self._deleting -= mine
+        gone = [row["host"] for row in rows if "error" not in row]
+        if gone:
+            freed = sum(row["freed_bytes"] for row in rows) / GIB
+            self._events("weights_deleted", f"{client} deleted {model.repo} on {', '.join(gone)}: {freed:.1f} GB", model=model.key, client=client)
+        if len(gone) < len(rows):
+            raise Refused(502, "delete_failed", "; ".join(f"{row['host']}: {row['error']}" for row in rows if "error" in row), hosts=rows)
+        return rows
+
+    # --- acting
+
+    def _publish_locked(self, transfers, code=None):
+        write_state(self._path, {"transfers": [dataclasses.asdict(t) for t in transfers]}, code)
+        self.all = transfers
+
+    def _update(self, id_, save=False, show=False, **facts):
+        with self._lock:
+            transfers = tuple(dataclasses.replace(t, **facts) if t.id == id_ else t for t in self.all)
+            if save:
+                self._publish_locked(transfers)
+            self.all = transfers
+        if save or show:
+            self._hub.bump()
+
+    def _end(self, t, state, error=None):
+        """The transfer is over: tell, and let its thread end."""
+        self._update(t.id, save=True, state=state, error=error, ended_at=utc(), eta_seconds=None, bytes_per_second=0.0, note="" if state == "complete" else t.note)
+        names = ", ".join(host for _, host, _ in t.steps)
+        said = {"complete": f"{t.model} is on {names}", "cancelled": f"the transfer of {t.model} was cancelled",
+                "failed": f"{t.model} did not get to {names}: {(error or {}).get('message')}"}[state]
+        self._events("download_" + state, said, transfer=t.id, model=t.model, client=t.client)
+        with self._lock:
+            self._live.pop(t.id)[0].set()
+
+    def _work(self, id_, wake, samples):
+        """One look at a transfer, and then a pause."""
+        wake.clear()
+        t = next(t for t in self.all if t.id == id_)        # after the clear: whoever wakes us has written before
+        with contextlib.suppress(Cancelled):
+            wait_s = self._look(t, wake, samples)
+            if not self._closing.is_set():
+                wake.wait(wait_s)
+
+    def _look(self, t, wake, samples):
+        """One look at the running step of t; tells how many seconds later to look again."""
+        kind, host, cache = t.steps[t.step]
+        sparks, pull = self._hosts.sparks, kind == "copy" and self._hosts.sparks[host].local
+        at, name = host if kind == "download" or pull else t.source, f"{t.id}-{t.step}-{t.attempt}"
+        far = sparks[t.source if pull else host]
+        address = self._hosts.address(far.name)
+        login = (f"{far.user}@" if far.user else "") + (f"[{address}]" if ":" in address else address)
+        command = download_command(t.repo, self._config().settings["LAUNCH_DIR"]) if kind == "download" else copy_command(t.repo, login, cache, pull)
+        seen = self._hosts.run(host, measure_script(t.repo), self.LOOK_S, wake)
+        got = self._hosts.run(at, end_launch_script(name) if t.cancelling else job_script(name, command), self.LOOK_S, wake) if seen.reached or t.cancelling else seen
+        if not got.reached:
+            note = f"waits for {at if seen.reached else host}: {why_not(got)}"
+            self._update(t.id, show=note != t.note, note=note, bytes_per_second=0.0, eta_seconds=None)
+            return 3
+        if t.cancelling:
+            return self._end(t, "cancelled")
+        self._measured(t, parse_facts(seen.out), kind, samples)
+        first, _, said = got.out.partition("\n")
+        if first == "running":
+            return 1
+        if first != "0":
+            error = transfer_failure(said + got.err, first or got.code, at, host)
+            again = first == "lost" or kind == "copy" and first in self.LINE_LOST and error["code"] in ("download_failed", "no_network")
+            if not again or t.attempt + 1 == self.ATTEMPTS:
+                return self._end(t, "failed", error)
+            self._update(t.id, save=True, attempt=t.attempt + 1, note=f"was interrupted on {at}; goes on with what is there")
+            return 3
+        try:
+            rows = self.look(host, t.repo)[1]
+        except Refused:
+            return 3
+        if not rows or rows[0]["missing"]:
+            lacks = ", ".join(rows[0]["missing"][:3]) if rows else "any file"
+            return self._end(t, "failed", {"code": "incomplete", "message": f"it said that it was done, and {host} is without {lacks}",
+                                           "remedy": "see its last lines; begun again, it goes on with what is there", "log_tail": said.splitlines()[-20:]})
+        has = sum(rows[0]["files"].values())
+        if t.step + 1 == len(t.steps):
+            self._update(t.id, bytes=has, total_bytes=has)
+            return self._end(t, "complete")
+        self._update(t.id, save=True, step=t.step + 1, attempt=0, bytes=0, total_bytes=has)
+        return 0
+
+    def _measured(self, t, facts, kind, samples):
+        """Tell how much of the running step is there and how fast it grows, no more often than a person could see."""
+        told = {name: int(values[0]) for name, values in facts.items() if re.fullmatch(r"\d{1,18}", values[0])}
+        done, total = told.get("bytes", 0), kind == "download" and told.get("total", 0) or t.total_bytes
+        if samples and samples[-1][0] != t.step:
+            samples.clear()
+        samples.append((t.step, time.monotonic(), done))
+        seconds = samples[-1][1] - samples[0][1]
+        rate = max(0.0, (done - samples[0][2]) / seconds) if seconds else 0.0
+        unit = max(1, total // 100 or 100 << 20)
+        self._update(t.id, show=done // unit != t.bytes // unit or total != t.total_bytes, bytes=done, total_bytes=total, bytes_per_second=round(rate),
+                     eta_seconds=round((total - done) / rate, 1) if rate and total > done else None, note="" if total else self.UNKNOWN)
 
 
 # === 12 monitor ===============================================================
@@ -4041,6 +4506,7 @@ class App:
         self.swaps = SwapManager(data_dir, lambda: store.current, self.hosts, self.hub, self.gate, self.events.add,
                                  self.warnings.append, self.monitor.observe)
         self.monitor.manager = self.swaps
+        self.transfers = Transfers(data_dir, lambda: store.current, self.hosts, self.hub, self.events.add, self.warnings.append)
         self.webhooks = Webhooks(lambda: store.current.settings, self.hub)
         self.events.listeners.append(self.webhooks.tell)
         jobs, schedules = (Register(os.path.join(data_dir, f"{what}s.json"), what, fields, required, self.hub, self.warnings.append)
@@ -4064,9 +4530,11 @@ class App:
         self.swaps.begin()
         self.monitor.start()
         self.jobs.start()
+        self.transfers.start()
 
     def close(self):
         self.jobs.close()
+        self.transfers.close()
         self.closing.set()
         self.hub.bump()                         # parked long-polls answer now
         self.monitor.close()
@@ -4115,6 +4583,7 @@ class App:
                              for s in self.services(config).values()],
                 "swap": running and running.public(), "last": next((s.public() for s in recent if not s.dry_run), None),
                 "lock": self.swaps.lock_info(), "schedules": schedules, "conflicts": conflicts, "jobs": self.jobs.shown(),
+                "transfers": [t.public() for t in self.transfers.running()],
                 "events": self.events.since(0, 50), "settings": config.settings.public()}
 
     @contextlib.contextmanager
@@ -4444,6 +4913,44 @@ def stream_swap(app, r):
     return 200, app.parking()(run)
 
 
+def repo_model(app, key):
+    """The model of that key, if its weights come from Hugging Face. Raises Refused 404, 409."""
+    model = entry_of(app.store.current.models, "model", key)
+    if model.local_path:
+        raise Refused(409, "local_model", f"{key} is a directory of yours ({model.local_path}): sparkctl neither downloads nor deletes it")
+    return model
+
+
+def get_disk(app, r):
+    config, served = app.store.current, app.views()
+    with app.parking():                         # a look takes a while: not more of them than places to wait
+        return 200, app.transfers.disk({m.key for m in config.models.values() if weights_used_by(m, config, app.swaps.book, served)})
+
+
+def post_download(app, r):
+    model, sparks = repo_model(app, r.args["key"]), app.store.sparks
+    slot = pick_slot(app.store.current, None)
+    names_ = [entry_of(sparks, "spark", name).name for name in r.json.get("hosts", slot.hosts if model.mode == "cluster" else slot.hosts[:1])]
+    with app.parking():
+        t = app.transfers.begin(model, names_, r.client)
+    if not t:
+        return 200, {"model": model.key, "hosts": names_, "state": "complete", "note": "nothing to do: the weights are there"}
+    return 202, t.public()
+
+
+def delete_disk(app, r):
+    model, config = repo_model(app, r.args["key"]), app.store.current
+    names_ = [entry_of(config.sparks, "spark", r.query["host"]).name] if "host" in r.query else list(config.sparks)
+    served = {name: app.serves(slot) for name, slot in config.layout.slots.items()}
+    if why := weights_used_by(model, config, app.swaps.book, served):
+        raise Refused(409, "model_serving", f"the weights of {model.key} are in use: {why}")
+    others = [m.key for m in config.models.values() if m.repo == model.repo and m.key != model.key]
+    if others and not r.query.get("force"):
+        raise Refused(409, "repo_shared", f"{', '.join(others)} needs {model.repo} too; force=true deletes it all the same", models=others)
+    app.swaps.permit(**right_of(r), what=f"deleting the weights of {model.key}")
+    return 200, {"model": model.key, "repo": model.repo, "hosts": app.transfers.delete(model, names_, r.client)}
+
+
 def get_v1_models(app, r):
     find = app.store.current.find
     return 200, {"object": "list", "data": [
@@ -4469,6 +4976,13 @@ LOCK_BODY = {"holder": line_of(100), "ttl": amount(1, LEASE_MAX_S, "seconds"), "
 SWAP_BODY = {"model": line_of(200), "slot": line_of(64), "dry_run": boolean, "rollback": boolean, "restart": boolean,
              "skip_checks": lambda value: tuple(map(choice(*list(CHECKS)[1:]), expect("list", value))), "note": line_of(500),
              "lock": lambda value: checked(expect("mapping", value), LOCK_BODY, "lock")}
+
+
+def spark_names(value):
+    require(expect("list", value) and len(set(map(str, value))) == len(value), "must name different Sparks")
+    return list(map(line_of(64), value))
+
+
 ROUTES = (
     Route("GET",    "/",                     get_page, open=True),
     Route("GET",    "/healthz",              lambda app, r: (200, {"status": "ok", "version": VERSION}), open=True),
@@ -4493,6 +5007,10 @@ ROUTES = (
     Route("GET",    "/api/jobs",             lambda app, r: (200, {"jobs": app.jobs.shown()})),
     Route("POST",   "/api/jobs",             post_job, {}, JOB),
     Route("DELETE", "/api/jobs/{id}",        lambda app, r: app.drop_entry(r, "job", app.jobs)),
+    Route("GET",    "/api/disk",             get_disk),
+    Route("POST",   "/api/models/{key}/download", post_download, {}, {"hosts": spark_names}),
+    Route("DELETE", "/api/models/{key}/download", lambda app, r: (202, {"transfers": [t.public() for t in app.transfers.cancel(r.args["key"], r.client)]})),
+    Route("DELETE", "/api/models/{key}/disk", delete_disk, {"host": line_of(64)} | FORCE),
     Route("GET",    "/api/webhooks",         get_webhooks),
     Route("POST",   "/api/webhooks/test",    post_webhook_test),
     Route("POST",   "/api/services/{name}/restart",

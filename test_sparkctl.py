@@ -1393,6 +1393,43 @@ def test_fifty_random_kills_resurrect_and_lose_nothing(two, seed):
 
 # === 11 weights ===============================================================
 
+def transfer_of(program, key="new", **wanted):
+    """Wait until the newest transfer of the model is as wanted -> it."""
+    def found():
+        t = next((t for t in program.get("/api/disk").json["transfers"] if t["model"] == key), None)
+        return t and all(t[k] == v for k, v in wanted.items()) and t
+    return until(found, what=f"a transfer of {key} with {wanted}")
+
+
+@pytest.fixture
+def three(two, tmp_path):
+    """`two`, with the models new (solo) and newwide (cluster), which are on no Spark but published."""
+    (tmp_path / "models.yaml").write_text((tmp_path / "models.yaml").read_text() + """
+  new: {repo: org/new, size_gb: 0.0002}
+  newwide: {repo: org/newwide, mode: cluster}
+""")
+    for repo in ("org/new", "org/newwide"):
+        two.rig.publish(repo)
+    until(lambda: two.get("/api/models/newwide").status == 200)
+    return two
+
+
+def test_a_download_gets_to_both_sparks_and_its_progress_is_seen(three):
+    for name in three.rig.sparks:
+        three.rig.control(name, "hf_pause", 0.15)
+        three.rig.control(name, "rsync_pause", 0.15)
+    r = three.post("/api/models/newwide/download")
+    assert r.status == 202, r.json
+    seen = []
+    def over():
+        t = three.get("/api/disk").json["transfers"][0]
+        seen.append((t["phase"], t["host"], t["fraction"], t["bytes"]))
+        return t["state"] != "running" and t
+    t = until(over, 40)
+    print(json.dumps(t, indent=1)); print(seen); print(three.said()[-3000:])
+    assert t["state"] == "complete", t
+    print(json.dumps(three.get("/api/disk").json, indent=1)[:3000])
+
 
 # === 12 monitor ===============================================================
 
@@ -5648,6 +5685,171 @@ while True:
     threading.Thread(target=Connection(sock, peer).serve, daemon=True).start()
 '''
 
+# What Hugging Face has is in ROOT/hub.json, put there by Rig.publish. Behaviour is set by the control files hf_fail and hf_pause.
+HF = r'''#!@PYTHON@ -SE
+# Stand-in for `hf` of huggingface_hub 2.4, and by its name for `uvx hf` and `huggingface-cli`.
+import hashlib, json, os, shutil, sys, time
+ROOT = "@ROOT@"
+HOME = os.environ["HOME"]
+SPARK = ROOT + "/sparks/" + os.environ["RIG_SPARK"]
+argv = sys.argv[2:] if os.path.basename(sys.argv[0]) == "uvx" else sys.argv[1:]
+hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME", HOME + "/.cache/huggingface") + "/hub"
+token_file = os.environ.get("HF_HOME", HOME + "/.cache/huggingface") + "/token"
+token = os.environ.get("HF_TOKEN") or (open(token_file).read().strip() if os.path.exists(token_file) else "")
+
+def control(name, default=""):
+    try:
+        return open(SPARK + "/" + name).read().strip() or default
+    except FileNotFoundError:
+        return default
+
+def fail(text):
+    sys.stderr.write("Error: " + text + "\nHint: set HF_DEBUG=1 as environment variable for full traceback.\n")
+    sys.exit(1)
+
+with open(SPARK + "/hf.log", "a") as f:
+    f.write(json.dumps({"program": os.path.basename(sys.argv[0]), "argv": argv, "token": token, "pid": os.getpid(),
+                        "env": {k: v for k, v in os.environ.items() if k.startswith("HF_") and k != "HF_TOKEN"}}) + "\n")
+if argv[:2] == ["cache", "rm"]:
+    if "--help" in argv:
+        sys.exit(0)
+    repo = argv[2].partition("/")[2]
+    base = argv[argv.index("--cache-dir") + 1] + "/models--" + repo.replace("/", "--")
+    for name in os.listdir(base + "/blobs"):
+        store = os.path.realpath(base + "/blobs/" + name)
+        if os.path.islink(base + "/blobs/" + name):
+            users = [l for l in open(store + ".refs").read().split("\n") if l and os.path.islink(l) and not l.startswith(base + "/")]
+            if not users:
+                os.unlink(store)
+                os.unlink(store + ".refs")
+    shutil.rmtree(base)
+    print("Deleted 1 repo(s) and 1 revision(s)")
+    sys.exit(0)
+if argv[:1] != ["download"] or len(argv) != 2:
+    fail("No such command")
+repo, mode, pause = argv[1], control("hf_fail"), float(control("hf_pause", "0"))
+known = json.load(open(ROOT + "/hub.json")).get(repo) if os.path.exists(ROOT + "/hub.json") else None
+if mode == "network":
+    fail("Local entry not found. [Errno -2] Name or service not known")
+if mode == "flood":
+    for _ in range(3000):
+        print("\x1b[31m\u202eno news\x07 " + token * 3 + "x" * 500)
+if known is None:
+    fail("Model '%s' not found.\nIf the repo is private, make sure you are authenticated and your token has the required permissions." % repo)
+if known["gated"] and token != known["gated"]:
+    fail("Access denied. Model '%s' requires approval." % repo)
+base = hub + "/models--" + repo.replace("/", "--")
+rev = hashlib.sha1(repo.encode()).hexdigest()
+for d in ("blobs", "refs", "snapshots/" + rev):
+    os.makedirs(base + "/" + d, exist_ok=True)
+open(base + "/refs/main", "w").write(rev)
+for n, (name, size) in enumerate(known["files"].items()):
+    data = open(ROOT + "/hub/" + repo + "/" + name, "rb").read()
+    etag = hashlib.sha256(data).hexdigest()
+    blob = base + "/blobs/" + etag
+    if not os.path.exists(blob):
+        part = "%s.%08x.incomplete" % (blob, os.getpid())
+        with open(part, "wb") as f:
+            for i in range(0, len(data), max(1, len(data) // 10)):
+                f.write(data[i:i + max(1, len(data) // 10)])
+                f.flush()
+                if name.endswith("safetensors"):
+                    if control("hf_fail") == "disk":
+                        fail("[Errno 28] No space left on device")
+                    time.sleep(float(control("hf_pause", "0")))
+        os.rename(part, blob)
+    link = base + "/snapshots/" + rev + "/" + name
+    if not os.path.islink(link) and not (mode == "short" and name.endswith("safetensors")):
+        os.symlink("../../blobs/" + etag, link)
+print("Downloaded\n  path: " + base + "/snapshots/" + rev)
+'''
+
+HF_DOWNLOAD = r'''#!/usr/bin/env bash
+# Stand-in for the launcher's hf-download.sh (eugr/spark-vllm-docker@065fb92), without its copying.
+set -e
+[ -n "$1" ] || { echo "Error: Model name is required."; exit 1; }
+if ! command -v uvx &> /dev/null; then echo "Error: 'uvx' command not found."; exit 1; fi
+echo "Downloading model '$1' using uvx..."
+if uvx hf download "$1"; then printf "Download completed in 00:00:01\n"; else echo "Error: Failed to download model '$1'."; exit 1; fi
+echo "No host specified, skipping copy."
+echo "Done downloading $1."
+'''
+
+RSYNC = r'''#!@PYTHON@ -SE
+# Stand-in for rsync 3.2 over ssh: what sparkctl asks of it, with its rule for unsafe links and its order of files.
+import fnmatch, json, os, subprocess, sys, time
+ROOT = "@ROOT@"
+SPARK = ROOT + "/sparks/" + os.environ["RIG_SPARK"]
+options = [a for a in sys.argv[1:] if a.startswith("-")]
+words = [a for a in sys.argv[1:] if not a.startswith("-")]
+ssh = words.pop(0).split() if "-e" in options else ["ssh"]
+source, target = words
+
+def control(name, default=""):
+    try:
+        return open(SPARK + "/" + name).read().strip() or default
+    except FileNotFoundError:
+        return default
+
+def reach(place):
+    if ":" not in place:
+        return place
+    login, _, path = place.partition(":")
+    got = subprocess.run([*ssh, login, "true"], stdin=subprocess.DEVNULL)
+    if control("rsync_fail") == "missing":
+        sys.stderr.write("bash: line 1: rsync: command not found\nrsync: connection unexpectedly closed (0 bytes received so far) [sender]\n"
+                         "rsync error: error in rsync protocol data stream (code 12) at io.c(232) [sender=3.2.7]\n")
+        sys.exit(12)
+    if got.returncode:
+        sys.stderr.write("rsync error: unexplained error (code 255) at io.c(232) [sender=3.2.7]\n")
+        sys.exit(255)
+    return path
+
+def unsafe(link, at):       # rsync's util1.c, unsafe_symlink
+    depth = at.count("/")
+    for part in link.split("/")[:-1]:
+        depth += -1 if part == ".." else part not in (".", "")
+        if depth < 0:
+            return True
+    return link.startswith("/")
+
+with open(SPARK + "/rsync.log", "a") as f:
+    f.write(json.dumps({"argv": sys.argv[1:]}) + "\n")
+excluded = [a.partition("=")[2] for a in options if a.startswith("--exclude")]
+tree, into = reach(source), reach(target)
+if not tree.endswith("/"):
+    tree, into = os.path.dirname(tree), into + "/"
+os.makedirs(into, exist_ok=True)
+for folder, folders, files in os.walk(tree):
+    folders.sort()
+    for name in sorted(files):
+        path = os.path.join(folder, name)
+        at = os.path.relpath(path, tree)
+        if any(fnmatch.fnmatch(name, e) for e in excluded):
+            continue
+        new = os.path.join(into, at)
+        os.makedirs(os.path.dirname(new), exist_ok=True)
+        if os.path.islink(path) and not ("--copy-unsafe-links" in options and unsafe(os.readlink(path), at)):
+            if not os.path.islink(new):
+                os.symlink(os.readlink(path), new)
+            continue
+        data = open(path, "rb").read()
+        if os.path.exists(new) and os.path.getsize(new) == len(data):
+            continue
+        part = os.path.join(os.path.dirname(new), "." + name + ".Xy12Zq")
+        with open(part, "wb") as f:
+            for i in range(0, len(data), max(1, len(data) // 10)):
+                f.write(data[i:i + max(1, len(data) // 10)])
+                f.flush()
+                if len(data) > 500:
+                    time.sleep(float(control("rsync_pause", "0")))
+                if control("rsync_fail") == "cut":
+                    os.unlink(SPARK + "/rsync_fail")
+                    sys.stderr.write("client_loop: send disconnect: Broken pipe\nrsync error: unexplained error (code 255) at io.c(232) [sender=3.2.7]\n")
+                    sys.exit(255)
+        os.rename(part, new)
+'''
+
 
 class Rig:
     """Sparks below tmp_path. Every process of theirs carries RIG_ROOT, so close() finds them all."""
@@ -5665,13 +5867,14 @@ class Rig:
             (spark / "docker").mkdir(parents=True)
             (spark / "home" / "spark-vllm-docker").mkdir(parents=True)
             (spark / "bin").mkdir()
-            for program, text in (("ssh", SSH), ("docker", DOCKER), ("vllm", VLLM)):
+            for program, text in (("ssh", SSH), ("docker", DOCKER), ("vllm", VLLM), ("uvx", HF), ("rsync", RSYNC)):
                 self._program(spark / "bin" / program, text)
             for alias in ("pgrep", "pkill", "killall"):     # the system's own would hit every test run on this machine
                 (spark / "bin" / alias).symlink_to("docker")
             if not Path("/usr/bin/python3").exists():
                 (spark / "bin" / "python3").symlink_to(sys.executable)
             self.install_launcher(name, LAUNCHER)
+            self._program(spark / "home" / "spark-vllm-docker" / "hf-download.sh", HF_DOWNLOAD)
             self.cluster(name)
 
     def __enter__(self):
@@ -5858,10 +6061,33 @@ class Rig:
             files[name] = len(head).to_bytes(8, "little") + head + bytes(size)
         return files, names[-1]
 
-    def weights(self, spark, model, shards=2, complete=True, size=1000):
-        """A Hugging Face cache entry; incomplete: the last shard has no link and its blob is a leftover. Returns the snapshot."""
+    def publish(self, repo, shards=2, size=100_000, gated=""):
+        """Let Hugging Face have a repo; gated: the token that may read it."""
+        files, _ = self._files(shards, size)
+        place = self.root / "hub" / repo
+        place.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (place / name).write_bytes(data.replace(bytes(8), repo.encode().ljust(8)[:8], 1))       # different in each repo
+        path = self.root / "hub.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        self._write_json(path, {**known, repo: {"gated": gated, "files": {name: len(data) for name, data in files.items()}}})
+
+    def tool(self, spark, name, text=None):
+        """Install `hf` or the like on a Spark; "" takes it away."""
+        if text == "":
+            (self.spark(spark) / "bin" / name).unlink()
+        else:
+            self._program(self.spark(spark) / "bin" / name, text or HF)
+
+    def hub(self, spark, repo=""):
+        base = self.spark(spark) / "home/.cache/huggingface/hub"
+        return base / ("models--" + repo.replace("/", "--")) if repo else base
+
+    def weights(self, spark, model, shards=2, complete=True, size=1000, shared=False):
+        """A Hugging Face cache entry; incomplete: the last shard has no link and its blob is a leftover; shared: shards lie in the store of 2.x,
+        which _files makes the same for every model. Returns the snapshot."""
         import hashlib
-        base = self.spark(spark) / "home/.cache/huggingface/hub" / ("models--" + model.replace("/", "--"))
+        base = self.hub(spark, model)
         revision = hashlib.sha1(model.encode()).hexdigest()
         snapshot = base / "snapshots" / revision
         for folder in (base / "blobs", base / "refs", snapshot):
@@ -5873,7 +6099,17 @@ class Rig:
             if name == last and not complete:
                 (base / "blobs" / f"{digest}.0a1b2c3d.incomplete").write_bytes(data[: len(data) // 2])
                 continue
-            (base / "blobs" / digest).write_bytes(data)
+            if shared and name.endswith(".safetensors"):
+                store = self.hub(spark) / "blobs" / digest[:2] / digest
+                store.parent.mkdir(parents=True, exist_ok=True)
+                (self.hub(spark) / "blobs" / ".huggingface-shared-blobs").write_text("1\n")
+                store.write_bytes(data)
+                (base / "blobs" / digest).unlink(missing_ok=True)
+                (base / "blobs" / digest).symlink_to(f"../../blobs/{digest[:2]}/{digest}")
+                with open(f"{store}.refs", "a") as f:
+                    f.write(f"{base}/blobs/{digest}\n")
+            else:
+                (base / "blobs" / digest).write_bytes(data)
             link = snapshot / name
             link.unlink(missing_ok=True)
             link.symlink_to(f"../../blobs/{digest}")
