@@ -3570,9 +3570,9 @@ class Jobs:
 
 
 # === 11 weights ===============================================================
-# What is on the Sparks' disks: list it, download, copy from Spark to Spark, delete. A transfer's work is a process of
-# the Spark's own that is begun at most once (begin_once); a thread of ours looks at it once a second, and after a
-# restart so does the next one. A Spark that does not answer meanwhile is waited for.
+# What is on the Sparks' disks: list it, download, copy from Spark to Spark, delete. The work of a transfer is a process
+# of the Spark's own, begun at most once (begin_once); a thread of ours looks at it once a second, and so does the next
+# sparkctl after a restart. A Spark that does not answer meanwhile is waited for.
 
 
 def repo_dir(repo):
@@ -3586,6 +3586,7 @@ def disk_script(repo="", local=()):
     rows = "\n".join(f"[ ! -d {p} ] || row local {quote_arg(key)} {p} {p}" for key, path in local for p in [quote_arg(path)])
     return HUB + SNAPSHOT + WEIGHTS_COMPLETE + f"""row() {{
   echo "$1 $(printf %s "$2" | tr -c 'A-Za-z0-9._-' '?')"; lacks "$4" "$3"
+  echo promised $(cat "$4"/*.index.json 2>/dev/null | grep -oE '"total_size": *[0-9]+' | grep -oE '[0-9]+$' | sort -n | tail -n 1)
   find "$3/" \\( -type f -o -type l \\) -exec stat -L -c 'file %d %i %s %f %X %Y' {{}} + 2>/dev/null | sort -u
 }}
 LC_ALL=C p=$h; export LC_ALL
@@ -3600,40 +3601,46 @@ exit 0
 def parse_disk(out):
     """disk_script's output -> ({hub, total_bytes, free_bytes}, [row]); lines that do not fit are passed over.
 
-    A row has name (of the directory, with ? for what no repo's name has; a local model's key), local, missing, used,
-    modified (Unix times), and files: {(device, inode): bytes}, so that what is shared can be counted once.
+    A row has name (of the directory, with ? for what no repo's name has; a local model's key), local, missing, bytes,
+    promised (by the index; 0 = unknown), used and modified (Unix times), and files: {(device, inode): bytes}.
     """
     facts, rows = {"hub": "", "total_bytes": 0, "free_bytes": 0}, []
+    fits = functools.partial(re.fullmatch, flags=re.ASCII)
     for line in out.splitlines():
         kind, _, said = line.partition(" ")
+        row = rows[-1] if rows else None
         if kind in ("repo", "local"):
-            rows.append({"name": printable(said, 300), "local": kind == "local", "missing": [], "files": {}, "used": 0, "modified": 0})
+            rows.append({"name": printable(said, 300), "local": kind == "local", "missing": [], "files": {},
+                         **dict.fromkeys(("bytes", "promised", "largest", "used", "modified"), 0)})
         elif kind == "hub":
             facts["hub"] = printable(said)
-        elif kind == "disk" and re.fullmatch(r"\d{1,9} \d{1,15} \d{1,15}", said):
-            size, total, free = map(int, said.split())
-            facts.update(total_bytes=size * total, free_bytes=size * free)
-        elif kind == "missing" and rows:
-            rows[-1]["missing"].append(printable(said, 200))
-        elif kind == "file" and rows and (m := re.fullmatch(r"(\d{1,20} \d{1,20}) (\d{1,18}) 8[0-9a-f]{3} (\d{1,10}) (\d{1,10})", said)):   # 8: a regular file
-            row = rows[-1]
-            row["files"][m[1]] = int(m[2])
-            row.update(used=max(row["used"], int(m[3])), modified=max(row["modified"], int(m[4])))
+        elif kind == "disk" and (m := fits(r"(\d{1,9}) (\d{1,15}) (\d{1,15})", said)):
+            facts.update(total_bytes=int(m[1]) * int(m[2]), free_bytes=int(m[1]) * int(m[3]))
+        elif kind == "missing" and row:
+            row["missing"].append(printable(said, 200))
+        elif kind == "promised" and row and fits(r"\d{1,18}", said):
+            row["promised"] = int(said)
+        elif kind == "file" and row and (m := fits(r"(\d{1,20} \d{1,20}) (\d{1,18}) 8[0-9a-f]{3} (\d{1,10}) (\d{1,10})", said)):
+            size, used, modified = map(int, m.groups()[1:])         # 8…: a regular file
+            row["bytes"] += size - row["files"].get(m[1], 0)
+            row["files"][m[1]] = size
+            row["modified"] = max(row["modified"], modified)
+            if size >= row["largest"]:                              # the small ones are read by looks like this one
+                row.update(largest=size, used=used)
     return facts, rows
 
 
 def shown_disk(facts, rows, models, in_use):
     """What parse_disk found as /api/disk shows it. models: directory or key -> keys of the models that use it; in_use: such keys."""
-    owners, everything = collections.Counter(f for row in rows for f in row["files"]), {}
-    shown = []
-    for row in rows:
-        everything |= row["files"]
-        keys = models.get(row["name"], [])
-        shown.append({"name": row["name"], "repo": None if row["local"] else row["name"][8:].replace("--", "/"), "local": row["local"],
-                      "bytes": sum(row["files"].values()), "shared_bytes": sum(n for f, n in row["files"].items() if owners[f] > 1),
-                      "complete": not row["missing"], "missing": row["missing"], "models": keys, "serving": bool(in_use & set(keys)),
-                      "used_at": row["used"] and utc(row["used"]) or None, "modified_at": row["modified"] and utc(row["modified"]) or None})
-    return {**facts, "used_bytes": sum(everything.values()), "repos": sorted(shown, key=lambda row: -row["bytes"])}
+    owners = collections.Counter(f for row in rows for f in row["files"])
+    once = {f: n for row in rows for f, n in row["files"].items()}
+    return {**facts, "used_bytes": sum(once.values()), "repos": [
+        {"name": row["name"], "repo": None if row["local"] else row["name"][8:].replace("--", "/"), "local": row["local"],
+         "bytes": row["bytes"], "shared_bytes": sum(n for f, n in row["files"].items() if owners[f] > 1),
+         "complete": not row["missing"], "missing": row["missing"],
+         "used_at": utc(row["used"]) if row["used"] else None, "modified_at": utc(row["modified"]) if row["modified"] else None,
+         "models": (keys := models.get(row["name"], [])), "serving": bool(in_use & set(keys))}
+        for row in sorted(rows, key=lambda row: -row["bytes"])]}
 
 
 def weights_used_by(model, config, book, served):
@@ -3647,7 +3654,8 @@ def weights_used_by(model, config, book, served):
         if any(name == model.source or (m := config.find(name)) and m.key in same for name in answers):
             return f"slot {slot} serves {answers[0]}"
     for s in filter(None, (book.running, book.waiting)):
-        if {s.model, s.from_model, s.previous and s.previous.model} & same or s.previous and named.search(s.previous.launch):
+        plans = [p for p in (s.plan, s.previous) if p]
+        if {s.model, s.from_model, *(p.model for p in plans)} & same or any(named.search(p.launch) for p in plans):
             return f"a swap on {s.slot} needs it ({s.phase})"
     return ""
 
@@ -3694,18 +3702,9 @@ exit 0
 """
 
 
-def measure_script(repo):
-    """Says `total N`, the bytes that the repo's index promises, if it is there, and `bytes N`, those that are there."""
-    return HUB + SNAPSHOT + f"""r=$h/{quote_arg(repo_dir(repo))}; snapshot "$r"
-echo total $(cat "$s"/*.index.json 2>/dev/null | grep -oE '"total_size": *[0-9]{{1,18}}' | grep -oE '[0-9]+$' | sort -n | tail -n 1)
-echo bytes $(find "$r/" \\( -type f -o -type l \\) -exec stat -L -c '%d %i %s' {{}} + 2>/dev/null | sort -u | awk '{{s += $3}} END {{printf "%.0f", s}}')
-exit 0
-"""
-
-
 def delete_script(repo):
     """Remove a repo from the cache by Hugging Face's own program, or if it is whole in its own directory; says `freed BYTES`."""
-    # Files of the shared store belong to several repos: only hf knows which are needed no more.
+    # Files of the shared store belong to several repos: only hf knows which of them are needed no more.
     r = quote_arg(repo_dir(repo))
     return HUB + f"""r=$h/{r} PATH=$HOME/.local/bin:$PATH; export PATH
 [ -e "$r" ] || [ -L "$r" ] || {{ echo freed 0; exit 0; }}
@@ -3715,113 +3714,98 @@ used() {{ du -s -c -B1 "$r" "$h/blobs" 2>/dev/null | tail -n 1 | cut -f 1; }}
 b=$(used)
 hf cache rm --help >/dev/null 2>&1 && hf cache rm model/{quote_arg(repo)} --cache-dir "$h" --yes >/dev/null 2>&1
 if [ -e "$r" ]; then
-  [ -z "$(find "$r/blobs" -type l 2>/dev/null | head -n 1)" ] || {{ echo "its files are in the store shared by all repos: install hf there (pip install -U huggingface_hub), and delete again"; exit 3; }}
+  [ -z "$(find "$r/blobs" -type l 2>/dev/null | head -n 1)" ] ||
+    {{ echo "its files are in the store shared by all repos: install hf there (pip install -U huggingface_hub) and delete again"; exit 3; }}
   t=$h/.trash-$$-{r}; mv "$r" "$t" && rm -rf "$t" || {{ echo "could not be removed whole: see $t"; exit 3; }}
 fi
 a=$(used); echo "freed $((b - ${{a:-0}}))"
 """
 
 
-TRANSFER_FAILURES = (   # (pattern, code, what happened, what to do); {at}: the Spark it ran on, {to}: the one that gets it; before FATAL
-    (r"(?i)repository ?not ?found|(?:Model|Repository) '[^']*' not found", "repo_not_found", "Hugging Face has no such repo, or does not show it to {at}",
-     "mend repo in the catalog; if it is private, log in on {at}: hf auth login"),
-    (r"requires approval|gated repo", "gated_repo", "Hugging Face refuses access to the repo", "accept the model's licence, and log in on {at}: hf auth login"),
+TRANSFER_FAILURES = (   # before FATAL: (pattern, code, what happened, what to do); {at}: the Spark it ran on, {to}: the one that gets it
+    (r"(?i)repository ?not ?found|(?:Model|Repository) '[^']*' not found", "repo_not_found",
+     "Hugging Face has no such repo, or does not show it to {at}", "mend repo in the catalog; if it is private, log in on {at}: hf auth login"),
+    (r"requires approval|gated repo", "gated_repo", "Hugging Face refuses access to the repo",
+     "accept the model's licence, and log in on {at}: hf auth login"),
     (r"neither uvx nor hf|'uvx' command not found", "downloader_missing", "neither uvx nor hf is installed on {at}",
      "install uv there: curl -LsSf https://astral.sh/uv/install.sh | sh"),
     (r"rsync: (?:command )?not found", "rsync_missing", "rsync is not installed on {at} or {to}", "on both: sudo apt-get install -y rsync"),
-    (r"Host key verification failed|HOST IDENTIFICATION HAS CHANGED|Permission denied \((?!13)", "copy_refused", "{at} may not log in where it copies to or from",
-     "{at} and {to} must reach each other by ssh without a question: try it once by hand"),
-    (r"\[Errno 13\]|Permission denied \(13\)", "not_writable", "files in the cache belong to another user", "sudo chown -R $USER ~/.cache/huggingface on {to}"),
-    (r"name resolution|Name or service not known|Network is unreachable|No route to host|Connection refused|ConnectError|ConnectionError|Max retries|offline mode",
-     "no_network", "{at} does not reach what it copies from", "mend its network and begin again: what is there is kept"))
+    (r"Host key verification failed|HOST IDENTIFICATION HAS CHANGED|Permission denied \((?!13)", "copy_refused",
+     "{at} may not log in where it copies to or from", "{at} and {to} must reach each other by ssh without a question: try it by hand"),
+    (r"\[Errno 13\]|Permission denied \(13\)", "not_writable", "files in the cache belong to another user",
+     "on {to}: sudo chown -R $USER ~/.cache/huggingface"),
+    (r"name resolution|Name or service not known|Network is unreachable|No route to host|Connection refused|ConnectError|"
+     r"ConnectionError|Max retries|offline mode", "no_network", "{at} does not reach what it copies from",
+     "mend its network and begin again: what is there is kept"))
 
 
 def transfer_failure(said, code, at, to):
     """The end of a failed process's output and its exit code -> the error that people see."""
-    said = re.sub(r"hf_\w{6,}", "hf_***", said)
-    lines = [printable(line, 400) for line in said.splitlines() if line.strip()][-20:]
-    signal_ = min((s for s in map(classify_log_line, lines) if s.kind == "fatal"), key=lambda s: s.rank, default=None)
-    known = next((row for row in TRANSFER_FAILURES if re.search(row[0], said)), None)
-    what = known[1:] if known else (signal_.code, signal_.text, signal_.remedy) if signal_ else (
+    lines = [printable(re.sub(r"hf_\w{6,}", "hf_***", line), 400) for line in said.splitlines() if line.strip()][-20:]
+    fatal = min((s for s in map(classify_log_line, lines) if s.kind == "fatal"), key=lambda s: s.rank, default=None)
+    what = next((row[1:] for row in TRANSFER_FAILURES if re.search(row[0], said)), None) or (fatal and (fatal.code, fatal.text, fatal.remedy)) or (
         "download_failed", f"it ended on {{at}} with exit code {code}", "see its last lines; begun again, it goes on with what is there")
     return {"code": what[0], "message": what[1].format(at=at, to=to), "remedy": what[2].format(at=at, to=to), "log_tail": lines}
 
 
-@dataclasses.dataclass(frozen=True)
-class Transfer:
-    """Weights on their way to Sparks, step by step. Immutable; replaced whole."""
-    id: str
-    model: str
-    repo: str
-    source: str                 # the Spark that downloads, or has them
-    steps: tuple                # ((download | copy, Spark that gets them, cache at the other end of a copy), …)
-    client: str = ""
-    started_at: str = ""
-    ended_at: str | None = None
-    state: str = "running"      # running, complete, failed, cancelled
-    step: int = 0
-    attempt: int = 0            # of the step: a process that was lost, in a reboot for one, is begun again
-    bytes: int = 0              # that the Spark of the running step has
-    total_bytes: int = 0        # 0 = unknown
-    bytes_per_second: float = 0.0
-    eta_seconds: float | None = None
-    note: str = ""
-    cancelling: bool = False
-    error: dict | None = None
+def parse_steps(rows):
+    require(rows, "must not be empty")
+    return [[choice("download", "copy", "delete")(kind), host_name(host), printable(cache)] for kind, host, cache in rows]
 
-    @property
-    def hosts(self):
-        return {self.source, *(host for _, host, _ in self.steps)}
 
-    def public(self):
-        kind, host, _ = self.steps[min(self.step, len(self.steps) - 1)]
-        return {**dataclasses.asdict(self), "phase": kind, "host": host, "hosts": sorted(self.hosts),
-                "steps": [{"phase": k, "host": h} for k, h, _ in self.steps],
-                "fraction": round(min(1.0, self.bytes / self.total_bytes), 4) if self.total_bytes else None}
+# A transfer as transfers.json keeps it. steps: [[download | copy | delete, Spark that gets them, cache at the other end of
+# a copy], …]; attempt: of the step, since a process that was lost, in a reboot for one, is begun again.
+TRANSFER_NEEDS = {**dict.fromkeys(("id", "model", "source"), line_of(64)), "repo": validate_repo, "client": printable, "steps": parse_steps,
+                  "state": choice("running", "complete", "failed", "cancelled"),
+                  **dict.fromkeys(("step", "attempt", "total_bytes"), amount(0, 1 << 60, "a number"))}
+TRANSFER = {**TRANSFER_NEEDS, "started_at": moment, "ended_at": moment, "note": printable, "cancelling": boolean, "error": functools.partial(expect, "mapping")}
+
+
+def on_hosts(t):
+    return {t["source"], *(host for _, host, _ in t["steps"])}
+
+
+def job_of(t):
+    """The name of what runs on the Spark now for a transfer."""
+    return f"{t['id']}-{t['step']}-{t['attempt']}"
 
 
 class Transfers:
-    """Owns the transfers, their file, and a thread `transfer` for each that runs; lists and deletes what is on the disks."""
+    """What moves and removes weights. For each Spark a thread `weights-NAME` looks at the transfer that it is the source of."""
 
     KEEP, ATTEMPTS, LOOK_S = 20, 5, 60                      # transfers that are over; tries of a step; limit of one remote call
     LINE_LOST = ("10", "12", "20", "30", "35", "255")       # rsync's exit codes for a lost connection, and ssh's (rsync(1), EXIT VALUES)
-    UNKNOWN = "its size is not known, so free space was not checked"
+    NOTHING = {"bytes": 0, "bytes_per_second": 0, "eta_seconds": None, "waits_for": ""}
 
-    def __init__(self, data_dir, config, hosts, hub, events, warn):
-        self._path, self._config, self._hosts, self._hub, self._events = os.path.join(data_dir, "transfers.json"), config, hosts, hub, events
-        self._lock = threading.Lock()
-        self.all = ()                                       # replaced under _lock; newest first
-        self._live = {}                                     # guarded by _lock; id -> (over, wake): Events of its thread
-        self._deleting = set()                              # guarded by _lock; (Spark, repo)
+    def __init__(self, register, config, hosts, hub, events):
+        self.register, self._config, self._hosts, self._hub, self._events = register, config, hosts, hub, events
+        self._now = {}      # Spark -> (job, how far it is: see NOTHING), replaced whole by the Spark's thread
+        self._seen = {name: collections.deque(maxlen=30) for name in hosts.sparks}      # (job, when, bytes), of that thread alone
         self._closing = threading.Event()
-        try:
-            rows = expect("list", read_state(self._path, warn).get("transfers", []))
-            kept = tuple(restore(Transfer, row, steps=lambda steps: tuple((str(k), str(h), str(c)) for k, h, c in steps)) for row in rows)
-            require(all(t.steps and 0 <= t.step <= len(t.steps) for t in kept), "no such step")
-            self.all = kept
-        except (TypeError, ValueError, AttributeError) as e:
-            warn(f"transfers.json is of another shape ({printable(str(e), 200)}) and is left out")
 
     def start(self):
-        for t in self.running():
-            self._begin_thread(t.id)
+        for t in self.running():                # what we cannot go on with
+            if t["steps"][0][0] == "delete" or t["step"] not in range(len(t["steps"])) or not on_hosts(t) <= self._hosts.sparks.keys():
+                self._end(t, "failed", {"code": "interrupted", "message": "sparkctl was stopped, or a Spark is no longer configured", "remedy": "begin again"})
+        for name in self._hosts.sparks:
+            forever("weights-" + name, self._closing, functools.partial(self._work, name)).start()
 
     def close(self):
-        """Stop looking; what runs on the Sparks goes on, and the next start looks again."""
+        """Stop looking, once the hub is woken; what runs on the Sparks goes on, and the next start looks again."""
         self._closing.set()
-        with self._lock:
-            for over, wake in self._live.values():
-                over.set()
-                wake.set()
 
     def running(self):
-        return [t for t in self.all if t.state == "running"]
+        return [t for t in self.register.entries.values() if t["state"] == "running"]
 
-    def _begin_thread(self, id_):
-        over, wake = threading.Event(), threading.Event()
-        with self._lock:
-            self._live[id_] = over, wake
-        forever("transfer", over, functools.partial(self._work, id_, wake, collections.deque(maxlen=30))).start()
+    def shown(self, running=False):
+        """As the API shows them, newest first: those that run, or the last ten."""
+        for t in reversed(self.running() if running else list(self.register.entries.values())[-10:]):
+            kind, host, _ = t["steps"][min(int(t["step"]), len(t["steps"]) - 1)]
+            job, now = self._now.get(t["source"], ("", {}))
+            now = {**self.NOTHING, **(now if job == job_of(t) else {})}
+            done = now["bytes"] = t["total_bytes"] if t["state"] == "complete" else now["bytes"]
+            yield {**t, **now, "phase": kind, "host": host, "hosts": sorted(on_hosts(t)),
+                   "fraction": round(min(1.0, done / t["total_bytes"]), 4) if t["total_bytes"] else None}
 
     # --- asking
 
@@ -3833,7 +3817,7 @@ class Transfers:
         return parse_disk(got.out)
 
     def disk(self, in_use):
-        """Every Spark's disk and the last transfers; a Spark that does not answer costs its own row."""
+        """Every Spark's disk, and the last transfers; a Spark that does not answer costs its own row."""
         models, users = self._config().models.values(), collections.defaultdict(list)
         for m in models:
             users[repo_dir(m.repo) if m.repo else m.key].append(m.key)
@@ -3843,171 +3827,161 @@ class Transfers:
                 return {"host": name, **shown_disk(*self.look(name, "", [(m.key, m.local_path) for m in models if m.local_path]), users, in_use)}
             except Refused as e:
                 return {"host": name, "error": str(e), **e.details}
-        return {"hosts": list(self._hosts.each(self._hosts.sparks, row).values()), "transfers": [t.public() for t in self.all[:10]]}
+        return {"hosts": list(self._hosts.each(self._hosts.sparks, row).values()), "transfers": list(self.shown())}
+
+    def _add(self, what, model, source, steps, client, must=True, **more):
+        """Take the Sparks for a transfer -> it. Raises Refused 409, 503."""
+        new = {"id": f"{what}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}", "model": model.key, "repo": model.repo,
+               "source": source, "steps": steps, "client": client, "started_at": utc(), "state": "running", "step": 0, "attempt": 0, "total_bytes": 0, **more}
+
+        def put(old):                           # the register holds its lock, so of two that want a Spark one sees the other
+            for t in self.running():
+                shared = ", ".join(sorted(on_hosts(t) & on_hosts(new)))
+                if shared and (t["repo"] == model.repo or "delete" not in (what, t["steps"][0][0])):
+                    raise Refused(409, "transfer_running", f"{t['model']}: a {t['steps'][t['step']][0]} is running on {shared}", transfer=t["id"])
+            return new
+        for old in [t["id"] for t in self.register.entries.values() if t["state"] != "running"][:-self.KEEP]:
+            self._change(old, lambda t: None)
+        return self.register.change(new["id"], put, must)
 
     def begin(self, model, names, client):
-        """Bring the weights of model to the Sparks of those names -> the Transfer, or None if all have them. Raises Refused 409, 502, 503."""
+        """Bring the weights of model to the Sparks of those names -> its id, or None if all have them. Raises Refused 409, 502, 503."""
         sparks, looks = self._hosts.sparks, self._hosts.each(names, lambda name: self.look(name, model.repo))
-        has = {name: sum(rows[0]["files"].values()) if rows else 0 for name, (_, rows) in looks.items()}
+        has = {name: rows[0]["bytes"] if rows else 0 for name, (_, rows) in looks.items()}
         complete = [name for name in names if looks[name][1] and not looks[name][1][0]["missing"]]
-        source = next(iter([*complete, *names]))
+        source = [*complete, *names][0]
         # two Sparks that are both this machine have one cache
         wanted = [name for name in names if name not in complete and (name == source or not (sparks[name].local and sparks[source].local))]
+        total = has[source] if complete else int(model.size_gb * GIB)
+        steps = [["download" if name == source else "copy", name, looks[source if sparks[name].local else name][0]["hub"]] for name in wanted]
+        for kind, name, cache in steps:
+            wants, free = (round(n / GIB, 2) for n in (total - has[name], looks[name][0]["free_bytes"]))
+            if free < wants:
+                raise Refused(409, "disk_full", f"{model.key} needs {wants:g} GB on {name}, and {free:g} GB are free: delete models that are not needed",
+                              host=name, needed_gb=wants, free_gb=free)
+            if kind == "copy" and not re.fullmatch(r"/[\w./@+=-]+", cache, re.ASCII):
+                raise Refused(409, "odd_cache", f"{cache} has characters that rsync's other side would not take; name one Spark at a time")
         if not wanted:
             return None
-        total = has[source] if complete else int(model.size_gb * GIB)
-        steps = tuple(("download" if name == source else "copy", name, looks[source if sparks[name].local else name][0]["hub"]) for name in wanted)
-        for kind, name, cache in steps:
-            free = looks[name][0]["free_bytes"]
-            if free < total - has[name]:
-                needed_gb, free_gb = (round(n / GIB, 1) for n in (total - has[name], free))
-                raise Refused(409, "disk_full", f"{model.key} needs {needed_gb:g} GB more on {name}, and {free_gb:g} GB are free: delete models that are not needed",
-                              host=name, needed_gb=needed_gb, free_gb=free_gb)
-            if kind == "copy" and not re.fullmatch(r"/[\w./@+=-]+", cache, re.ASCII):
-                raise Refused(409, "odd_cache", f"{printable(cache, 200)} has characters that rsync's far side would not take; name one Spark at a time")
-        now = time.time()
-        t = Transfer(f"weights-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{secrets.token_hex(2)}", model.key, model.repo, source, steps, client, utc(now),
-                     total_bytes=total, note="" if total else self.UNKNOWN)
-        with self._lock:
-            busy = next((old for old in self.all if old.state == "running" and old.hosts & t.hosts), None)
-            if busy or any((name, model.repo) in self._deleting for name in t.hosts):
-                doing = f"{busy.model} is on its way to {', '.join(sorted(busy.hosts & t.hosts))}" if busy else f"{model.key} is being deleted"
-                raise Refused(409, "transfer_running", f"{doing}: one transfer a Spark at a time", transfer=busy and busy.id)
-            over = [old for old in self.all if old.state != "running"][:self.KEEP]
-            self._publish_locked((t, *(old for old in self.all if old.state == "running" or old in over)), "state_unwritable")
-        self._events("download_started", f"{client} asked for the weights of {model.key} on {', '.join(wanted)}", transfer=t.id, model=model.key, client=client)
-        self._begin_thread(t.id)
-        return t
+        note = "" if total else "its size is not known, so free space was not checked"
+        t = self._add("download", model, source, steps, client, total_bytes=total, note=note)
+        self._events("download_started", f"{client} asked for {model.key} on {', '.join(wanted)}", transfer=t["id"], model=model.key, client=client)
+        return t["id"]
 
     def cancel(self, key, client):
-        """End the running transfers of a model -> them. Raises Refused 404."""
-        with self._lock:
-            mine = {t.id for t in self.all if t.state == "running" and t.model == key}
-            if not mine:
-                raise Refused(404, "no_transfer", f"no transfer of {key} is running")
-            self._publish_locked(tuple(dataclasses.replace(t, cancelling=True) if t.id in mine else t for t in self.all))
-            for id_ in mine & self._live.keys():
-                self._live[id_][1].set()
-        log(f"{client} cancelled the transfer of {key}")
-        self._hub.bump()
-        return [t for t in self.all if t.id in mine]
+        """End the running transfers of a model -> their ids. Raises Refused 404."""
+        mine = [t["id"] for t in self.running() if t["model"] == key and t["steps"][0][0] != "delete"]
+        for id_ in mine:
+            self._change(id_, lambda t: t and {**t, "cancelling": True, "note": f"{client} cancelled it"})
+        if not mine:
+            raise Refused(404, "no_transfer", f"no transfer of {key} is running")
+        return mine
 
     def delete(self, model, names, client):
         """Remove model's repo from the Sparks of those names -> [{host, freed_bytes}]. Raises Refused 409, 502 with what came of each."""
-        mine = {(name, model.repo) for name in names}
-        with self._lock:
-            if mine & (self._deleting | {(host, t.repo) for t in self.all if t.state == "running" for host in t.hosts}):
-                raise Refused(409, "transfer_running", f"{model.key} is on its way to or from a Spark, or being deleted: cancel that, or wait")
-            self._deleting |= mine
-
         def remove(name):
             got = self._hosts.run(name, delete_script(model.repo), 600)
             said = printable((got.out.strip().splitlines() or [""])[-1], 300)
-            if got.kind == "ok" and (m := re.fullmatch(r"freed (-?\d{1,18})", said)):
+            if got.kind == "ok" and (m := re.fullmatch(r"freed (-?[0-9]{1,18})", said)):
                 return {"host": name, "freed_bytes": max(0, int(m[1]))}
-            return {"host": name, "freed_bytes": 0, "error": said if got.reached else why_not(got), "remedy": remedy_for(got, self._hosts.sparks[name])}
+            return {"host": name, "freed_bytes": 0, "error": said if got.reached and said else why_not(got), "remedy": remedy_for(got, self._hosts.sparks[name])}
+        # a full disk of ours is no reason not to make room
+        t = self._add("delete", model, names[0], [["delete", name, ""] for name in names], client, must=False)
         try:
             rows = list(self._hosts.each(names, remove).values())
         finally:
-            with self._lock:
-                self._deleting -= mine
-        gone = [row["host"] for row in rows if "error" not in row]
+            self._change(t["id"], lambda t: None)
+        bad, gone = [row for row in rows if "error" in row], [row["host"] for row in rows if "error" not in row]
         if gone:
             freed = sum(row["freed_bytes"] for row in rows) / GIB
             self._events("weights_deleted", f"{client} deleted {model.repo} on {', '.join(gone)}: {freed:.1f} GB", model=model.key, client=client)
-        if len(gone) < len(rows):
-            raise Refused(502, "delete_failed", "; ".join(f"{row['host']}: {row['error']}" for row in rows if "error" in row), hosts=rows)
+        if bad:
+            raise Refused(502, "delete_failed", "; ".join(f"{row['host']}: {row['error']}" for row in bad), hosts=rows)
         return rows
 
     # --- acting
 
-    def _publish_locked(self, transfers, code=None):
-        write_state(self._path, {"transfers": [dataclasses.asdict(t) for t in transfers]}, code)
-        self.all = transfers
+    def _change(self, id_, change):
+        with contextlib.suppress(Refused):      # it may be over and forgotten
+            self.register.change(id_, change, must=False)
 
-    def _update(self, id_, save=False, show=False, **facts):
-        with self._lock:
-            transfers = tuple(dataclasses.replace(t, **facts) if t.id == id_ else t for t in self.all)
-            if save:
-                self._publish_locked(transfers)
-            self.all = transfers
-        if save or show:
-            self._hub.bump()
+    def _set(self, t, **facts):
+        self._change(t["id"], lambda now: now and {**now, **facts})
 
     def _end(self, t, state, error=None):
-        """The transfer is over: tell, and let its thread end."""
-        self._update(t.id, save=True, state=state, error=error, ended_at=utc(), eta_seconds=None, bytes_per_second=0.0, note="" if state == "complete" else t.note)
-        names = ", ".join(host for _, host, _ in t.steps)
-        said = {"complete": f"{t.model} is on {names}", "cancelled": f"the transfer of {t.model} was cancelled",
-                "failed": f"{t.model} did not get to {names}: {(error or {}).get('message')}"}[state]
-        self._events("download_" + state, said, transfer=t.id, model=t.model, client=t.client)
-        with self._lock:
-            self._live.pop(t.id)[0].set()
+        """The transfer is over: tell."""
+        names_ = ", ".join(host for _, host, _ in t["steps"])
+        said = {"complete": f"{t['model']} is on {names_}", "cancelled": f"the transfer of {t['model']} was cancelled",
+                "failed": f"{t['model']} did not get to {names_}: {(error or {}).get('message')}"}[state]
+        self._set(t, state=state, ended_at=utc(), **({"error": error} if error else {}))
+        self._events("download_" + state, said, transfer=t["id"], model=t["model"], client=t["client"])
 
-    def _work(self, id_, wake, samples):
-        """One look at a transfer, and then a pause."""
-        wake.clear()
-        t = next(t for t in self.all if t.id == id_)        # after the clear: whoever wakes us has written before
-        with contextlib.suppress(Cancelled):
-            wait_s = self._look(t, wake, samples)
-            if not self._closing.is_set():
-                wake.wait(wait_s)
+    def _work(self, name):
+        """What the thread of a Spark does again and again: one look at its transfer, or wait for one."""
+        mine = lambda: next((t for t in self.running() if t["source"] == name and t["steps"][0][0] != "delete"), None)
+        if self._hub.wait_for(lambda: self._closing.is_set() or mine(), 60) and (t := mine()):
+            with contextlib.suppress(Cancelled):
+                self._closing.wait(self._look(t))
 
-    def _look(self, t, wake, samples):
-        """One look at the running step of t; tells how many seconds later to look again."""
-        kind, host, cache = t.steps[t.step]
-        sparks, pull = self._hosts.sparks, kind == "copy" and self._hosts.sparks[host].local
-        at, name = host if kind == "download" or pull else t.source, f"{t.id}-{t.step}-{t.attempt}"
-        far = sparks[t.source if pull else host]
+    def _look(self, t):
+        """One look at the running step of t; tells how many seconds later to look again. Raises Cancelled when we close."""
+        (kind, host, cache), sparks, cancelling = t["steps"][t["step"]], self._hosts.sparks, t.get("cancelling")
+        pull = kind == "copy" and sparks[host].local
+        at, far = host if kind == "download" or pull else t["source"], sparks[t["source"] if pull else host]
         address = self._hosts.address(far.name)
         login = (f"{far.user}@" if far.user else "") + (f"[{address}]" if ":" in address else address)
-        command = download_command(t.repo, self._config().settings["LAUNCH_DIR"]) if kind == "download" else copy_command(t.repo, login, cache, pull)
-        seen = self._hosts.run(host, measure_script(t.repo), self.LOOK_S, wake)
-        got = self._hosts.run(at, end_launch_script(name) if t.cancelling else job_script(name, command), self.LOOK_S, wake) if seen.reached or t.cancelling else seen
-        if not got.reached:
-            note = f"waits for {at if seen.reached else host}: {why_not(got)}"
-            self._update(t.id, show=note != t.note, note=note, bytes_per_second=0.0, eta_seconds=None)
+        command = download_command(t["repo"], self._config().settings["LAUNCH_DIR"]) if kind == "download" else copy_command(t["repo"], login, cache, pull)
+        got = self._hosts.run(at, end_launch_script(job_of(t)) if cancelling else job_script(job_of(t), command), self.LOOK_S, self._closing)
+        try:
+            if not got.reached:
+                raise Refused(502, "spark_unreachable", f"{at}: {why_not(got)}")
+            rows = [] if cancelling else self.look(host, t["repo"])[1]      # after the job's word: done means that all is there
+        except Refused as e:
+            self._tell(t, waits_for=str(e), bytes_per_second=0, eta_seconds=None)
             return 3
-        if t.cancelling:
-            return self._end(t, "cancelled")
-        self._measured(t, parse_facts(seen.out), kind, samples)
         first, _, said = got.out.partition("\n")
-        if first == "running":
-            return 1
-        if first != "0":
+        row = rows[0] if rows else {"bytes": 0, "promised": 0, "missing": ["any file"]}
+        if cancelling:
+            self._end(t, "cancelled")
+        elif first == "running":
+            self._measured(t, row["bytes"], kind == "download" and row["promised"] or t["total_bytes"])
+        elif first != "0":
             error = transfer_failure(said + got.err, first or got.code, at, host)
             again = first == "lost" or kind == "copy" and first in self.LINE_LOST and error["code"] in ("download_failed", "no_network")
-            if not again or t.attempt + 1 == self.ATTEMPTS:
-                return self._end(t, "failed", error)
-            self._update(t.id, save=True, attempt=t.attempt + 1, note=f"was interrupted on {at}; goes on with what is there")
-            return 3
-        try:
-            rows = self.look(host, t.repo)[1]
-        except Refused:
-            return 3
-        if not rows or rows[0]["missing"]:
-            lacks = ", ".join(rows[0]["missing"][:3]) if rows else "any file"
-            return self._end(t, "failed", {"code": "incomplete", "message": f"it said that it was done, and {host} is without {lacks}",
-                                           "remedy": "see its last lines; begun again, it goes on with what is there", "log_tail": said.splitlines()[-20:]})
-        has = sum(rows[0]["files"].values())
-        if t.step + 1 == len(t.steps):
-            self._update(t.id, bytes=has, total_bytes=has)
-            return self._end(t, "complete")
-        self._update(t.id, save=True, step=t.step + 1, attempt=0, bytes=0, total_bytes=has)
-        return 0
+            if again and t["attempt"] + 1 < self.ATTEMPTS:
+                self._set(t, attempt=t["attempt"] + 1, note=f"was interrupted on {at}, and goes on with what is there")
+                return 3
+            self._end(t, "failed", error)
+        elif row["missing"]:
+            message = f"the download said that it was done, and {host} is without {', '.join(row['missing'][:3])}"
+            self._end(t, "failed", {**transfer_failure(said, first, at, host), "code": "incomplete", "message": message})
+        elif t["step"] + 1 < len(t["steps"]):
+            self._set(t, step=t["step"] + 1, attempt=0, total_bytes=row["bytes"])
+        else:
+            self._set(t, total_bytes=row["bytes"])
+            self._end(t, "complete")
+        return 1
 
-    def _measured(self, t, facts, kind, samples):
-        """Tell how much of the running step is there and how fast it grows, no more often than a person could see."""
-        told = {name: int(values[0]) for name, values in facts.items() if re.fullmatch(r"\d{1,18}", values[0])}
-        done, total = told.get("bytes", 0), kind == "download" and told.get("total", 0) or t.total_bytes
-        if samples and samples[-1][0] != t.step:
-            samples.clear()
-        samples.append((t.step, time.monotonic(), done))
-        seconds = samples[-1][1] - samples[0][1]
-        rate = max(0.0, (done - samples[0][2]) / seconds) if seconds else 0.0
-        unit = max(1, total // 100 or 100 << 20)
-        self._update(t.id, show=done // unit != t.bytes // unit or total != t.total_bytes, bytes=done, total_bytes=total, bytes_per_second=round(rate),
-                     eta_seconds=round((total - done) / rate, 1) if rate and total > done else None, note="" if total else self.UNKNOWN)
+    def _tell(self, t, **facts):
+        """Publish how far t is; long-polls wake when a person would see the difference."""
+        job, old = self._now.get(t["source"], ("", {}))
+        new = {**self.NOTHING, **(old if job == job_of(t) else {}), **facts}
+        unit = t["total_bytes"] // 100 or 100 << 20
+        self._now[t["source"]] = job_of(t), new
+        if job != job_of(t) or (old["bytes"] // unit, old["waits_for"]) != (new["bytes"] // unit, new["waits_for"]):
+            self._hub.bump()
+
+    def _measured(self, t, done, total):
+        """Tell how much of the running step is there, and how fast it grows."""
+        seen = self._seen[t["source"]]
+        if seen and seen[-1][0] != job_of(t):
+            seen.clear()
+        seen.append((job_of(t), time.monotonic(), done))
+        seconds, grown = seen[-1][1] - seen[0][1], done - seen[0][2]
+        rate = max(0.0, grown / seconds) if seconds else 0.0
+        if total != t["total_bytes"]:
+            self._set(t, total_bytes=total, note="")
+        self._tell(t, waits_for="", bytes=done, bytes_per_second=round(rate), eta_seconds=round((total - done) / rate, 1) if rate and total > done else None)
 
 
 # === 12 monitor ===============================================================
@@ -4506,14 +4480,14 @@ class App:
         self.swaps = SwapManager(data_dir, lambda: store.current, self.hosts, self.hub, self.gate, self.events.add,
                                  self.warnings.append, self.monitor.observe)
         self.monitor.manager = self.swaps
-        self.transfers = Transfers(data_dir, lambda: store.current, self.hosts, self.hub, self.events.add, self.warnings.append)
         self.webhooks = Webhooks(lambda: store.current.settings, self.hub)
         self.events.listeners.append(self.webhooks.tell)
-        jobs, schedules = (Register(os.path.join(data_dir, f"{what}s.json"), what, fields, required, self.hub, self.warnings.append)
-                           for what, fields, *required in (("job", JOB | JOB_STATE, "kind", "cron", "due", "runs"),
-                                                           ("schedule", SCHEDULE, "registered_at")))
+        jobs, schedules, transfers = (Register(os.path.join(data_dir, f"{what}s.json"), what, fields, required, self.hub, self.warnings.append)
+                                      for what, fields, *required in (("job", JOB | JOB_STATE, "kind", "cron", "due", "runs"),
+                                                                      ("schedule", SCHEDULE, "registered_at"), ("transfer", TRANSFER, *TRANSFER_NEEDS)))
         self.jobs = Jobs(jobs, {kind: functools.partial(run, self) for kind, run in JOB_ACTIONS.items()}, self.events.add)
         self.schedules = Schedules(schedules, jobs)
+        self.transfers = Transfers(transfers, lambda: store.current, self.hosts, self.hub, self.events.add)
         self.closing = threading.Event()
         self._parked = threading.BoundedSemaphore(PARKED_MAX)
         for warning in self.warnings:           # what was lost is not only shown until the next start
@@ -4583,7 +4557,7 @@ class App:
                              for s in self.services(config).values()],
                 "swap": running and running.public(), "last": next((s.public() for s in recent if not s.dry_run), None),
                 "lock": self.swaps.lock_info(), "schedules": schedules, "conflicts": conflicts, "jobs": self.jobs.shown(),
-                "transfers": [t.public() for t in self.transfers.running()],
+                "transfers": list(self.transfers.shown(running=True)),
                 "events": self.events.since(0, 50), "settings": config.settings.public()}
 
     @contextlib.contextmanager
@@ -4932,10 +4906,10 @@ def post_download(app, r):
     slot = pick_slot(app.store.current, None)
     names_ = [entry_of(sparks, "spark", name).name for name in r.json.get("hosts", slot.hosts if model.mode == "cluster" else slot.hosts[:1])]
     with app.parking():
-        t = app.transfers.begin(model, names_, r.client)
-    if not t:
+        id_ = app.transfers.begin(model, names_, r.client)
+    if not id_:
         return 200, {"model": model.key, "hosts": names_, "state": "complete", "note": "nothing to do: the weights are there"}
-    return 202, t.public()
+    return 202, next(t for t in app.transfers.shown() if t["id"] == id_)
 
 
 def delete_disk(app, r):
@@ -4979,6 +4953,7 @@ SWAP_BODY = {"model": line_of(200), "slot": line_of(64), "dry_run": boolean, "ro
 
 
 def spark_names(value):
+    """A list of different names of Sparks, not empty."""
     require(expect("list", value) and len(set(map(str, value))) == len(value), "must name different Sparks")
     return list(map(line_of(64), value))
 
@@ -5009,7 +4984,7 @@ ROUTES = (
     Route("DELETE", "/api/jobs/{id}",        lambda app, r: app.drop_entry(r, "job", app.jobs)),
     Route("GET",    "/api/disk",             get_disk),
     Route("POST",   "/api/models/{key}/download", post_download, {}, {"hosts": spark_names}),
-    Route("DELETE", "/api/models/{key}/download", lambda app, r: (202, {"transfers": [t.public() for t in app.transfers.cancel(r.args["key"], r.client)]})),
+    Route("DELETE", "/api/models/{key}/download", lambda app, r: (202, {"cancelled": app.transfers.cancel(r.args["key"], r.client)})),
     Route("DELETE", "/api/models/{key}/disk", delete_disk, {"host": line_of(64)} | FORCE),
     Route("GET",    "/api/webhooks",         get_webhooks),
     Route("POST",   "/api/webhooks/test",    post_webhook_test),

@@ -1393,20 +1393,16 @@ def test_fifty_random_kills_resurrect_and_lose_nothing(two, seed):
 
 # === 11 weights ===============================================================
 
-def transfer_of(program, key="new", **wanted):
-    """Wait until the newest transfer of the model is as wanted -> it."""
-    def found():
-        t = next((t for t in program.get("/api/disk").json["transfers"] if t["model"] == key), None)
-        return t and all(t[k] == v for k, v in wanted.items()) and t
-    return until(found, what=f"a transfer of {key} with {wanted}")
+TOKEN = "hf_sEcReT0123456789abcdef"
 
 
 @pytest.fixture
-def three(two, tmp_path):
-    """`two`, with the models new (solo) and newwide (cluster), which are on no Spark but published."""
+def store(two, tmp_path):
+    """`two`, with the models new (solo) and newwide (cluster), which Hugging Face has and no Spark."""
     (tmp_path / "models.yaml").write_text((tmp_path / "models.yaml").read_text() + """
-  new: {repo: org/new, size_gb: 0.0002}
-  newwide: {repo: org/newwide, mode: cluster}
+  new: {repo: org/new}
+  newwide: {repo: org/newwide, mode: cluster, size_gb: 0.0002}
+  twin: {repo: org/beta}
 """)
     for repo in ("org/new", "org/newwide"):
         two.rig.publish(repo)
@@ -1414,21 +1410,315 @@ def three(two, tmp_path):
     return two
 
 
-def test_a_download_gets_to_both_sparks_and_its_progress_is_seen(three):
-    for name in three.rig.sparks:
-        three.rig.control(name, "hf_pause", 0.15)
-        three.rig.control(name, "rsync_pause", 0.15)
-    r = three.post("/api/models/newwide/download")
-    assert r.status == 202, r.json
-    seen = []
-    def over():
-        t = three.get("/api/disk").json["transfers"][0]
-        seen.append((t["phase"], t["host"], t["fraction"], t["bytes"]))
-        return t["state"] != "running" and t
-    t = until(over, 40)
-    print(json.dumps(t, indent=1)); print(seen); print(three.said()[-3000:])
-    assert t["state"] == "complete", t
-    print(json.dumps(three.get("/api/disk").json, indent=1)[:3000])
+def slow(program, seconds=0.1):
+    for name in program.rig.sparks:
+        program.rig.control(name, "hf_pause", seconds)
+        program.rig.control(name, "rsync_pause", seconds)
+
+
+def transfer(program, *states, model="new", seconds=30, **facts):
+    """Wait until the last transfer of the model is in one of these states, and as the facts say -> it."""
+    def found():
+        t = next((t for t in program.get("/api/disk").json["transfers"] if t["model"] == model), None)
+        return t and t["state"] in states and all(t[k] == v for k, v in facts.items()) and t
+    return until(found, seconds, f"a transfer of {model} that is {states} {facts}")
+
+
+def disk_of(program, spark="spark1"):
+    return next(h for h in program.get("/api/disk").json["hosts"] if h["host"] == spark)
+
+
+def repos_of(program, spark="spark1"):
+    return {row["repo"] or row["name"]: row for row in disk_of(program, spark)["repos"]}
+
+
+def downloads(program, spark="spark1"):
+    path = program.rig.spark(spark) / "hf.log"
+    return [c for c in map(json.loads, path.read_text().splitlines() if path.exists() else []) if c["argv"][:1] == ["download"]]
+
+
+def kinds(program):
+    return [e["kind"] for e in program.get("/api/events").json["events"]]
+
+
+def test_a_download_gets_to_both_sparks_and_its_progress_is_seen(store):
+    slow(store, 0.2)
+    r = store.post("/api/models/newwide/download")
+    assert r.status == 202 and r.json["state"] == "running" and r.json["hosts"] == ["spark1", "spark2"]
+    seen, version = [], store.get("/api/state").json["version"]
+    while not seen or now["transfers"]:
+        now = store.get(f"/api/state?since={version}&wait=10").json
+        version = now["version"]
+        seen += [(t["phase"], t["host"], t["bytes"], t["bytes_per_second"], t["eta_seconds"]) for t in now["transfers"]]
+    t = transfer(store, "complete", model="newwide")
+    assert {s[:2] for s in seen} == {("download", "spark1"), ("copy", "spark2")}
+    for phase in ("download", "copy"):
+        part = [s for s in seen if s[0] == phase]
+        assert 0 < part[-1][2] <= t["total_bytes"] + 1000 and any(s[3] > 0 and s[4] for s in part) and len({s[2] for s in part}) > 2, seen
+    for spark in store.rig.sparks:
+        row = repos_of(store, spark)["org/newwide"]
+        assert row["complete"] and row["models"] == ["newwide"] and row["bytes"] == t["bytes"] > 200_000
+    call, = downloads(store)
+    assert call["env"]["HF_HUB_DISABLE_SHARED_BLOBS"] == "1" and not downloads(store, "spark2") and call["program"] == "uvx"
+    assert kinds(store)[:2] == ["download_complete", "download_started"] and "127.0.0.1" in store.get("/api/events").json["events"][1]["text"]
+    again = store.post("/api/models/newwide/download")
+    assert again.status == 200 and "nothing to do" in again.json["note"] and len(downloads(store)) == 1
+    assert store.swap("newwide").status == 200
+
+
+def test_a_cancelled_download_ends_on_the_spark_and_can_be_begun_again(store):
+    slow(store, 0.3)
+    store.post("/api/models/new/download")
+    until(lambda: list(store.rig.hub("spark1", "org/new").glob("blobs/*.incomplete")))
+    assert store.call("DELETE", "/api/models/new/download").status == 202
+    t = transfer(store, "cancelled")
+    pid, = (c["pid"] for c in downloads(store))
+    until(lambda: not alive(pid))
+    assert list(store.rig.hub("spark1", "org/new").glob("blobs/*.incomplete")) and not repos_of(store)["org/new"]["complete"]
+    assert "cancelled it" in t["note"] and store.call("DELETE", "/api/models/new/download").code == "no_transfer"
+    slow(store, 0)
+    store.post("/api/models/new/download")
+    transfer(store, "complete")
+    assert repos_of(store)["org/new"]["complete"]       # although what the first one left is still there
+    assert list(store.rig.hub("spark1", "org/new").glob("blobs/*.incomplete"))
+
+
+@pytest.mark.parametrize("phase", ["download", "copy"])
+def test_a_restart_in_the_middle_of_a_transfer_goes_on_with_it_and_begins_nothing_twice(store, phase):
+    slow(store, 0.15)
+    store.post("/api/models/newwide/download")
+    transfer(store, "running", model="newwide", phase=phase)
+    until(lambda: disk_of(store, "spark1" if phase == "download" else "spark2")["repos"][0]["repo"] == "org/newwide")
+    store.restart()
+    assert store.get("/api/state").json["transfers"][0]["model"] == "newwide"
+    transfer(store, "complete", model="newwide")
+    copies = (store.rig.spark("spark1") / "rsync.log").read_text().splitlines()
+    assert len(downloads(store)) == len(copies) == 1 and repos_of(store, "spark2")["org/newwide"]["complete"]
+
+
+def test_a_spark_that_goes_away_meanwhile_is_waited_for(store):
+    slow(store, 0.15)
+    store.post("/api/models/new/download")
+    until(lambda: downloads(store))
+    store.rig.control("spark1", "down")
+    t = transfer(store, "running", seconds=20)
+    until(lambda: "spark1" in store.get("/api/state").json["transfers"][0]["waits_for"])
+    row = disk_of(store)
+    assert "unreachable" in row["error"] and row["remedy"] and "repos" not in row and disk_of(store, "spark2")["repos"]
+    store.rig.clear("spark1", "down")
+    assert transfer(store, "complete")["id"] == t["id"] and len(downloads(store)) == 1
+
+
+def test_a_download_whose_process_is_gone_is_begun_again(store):
+    slow(store, 0.2)
+    store.post("/api/models/new/download")
+    until(lambda: downloads(store))
+    pid = downloads(store)[0]["pid"]
+    os.killpg(os.getpgid(pid), signal.SIGKILL)      # as a reboot would
+    slow(store, 0)
+    t = transfer(store, "complete")
+    assert t["attempt"] == 0 or "interrupted" in t["note"]
+    assert len(downloads(store)) == 2
+
+
+@pytest.mark.parametrize("fault, code, said", [
+    ("gated", "gated_repo", "refuses access"), ("unknown", "repo_not_found", "no such repo"), ("network", "no_network", "spark1 does not reach"),
+    ("disk", "disk_full", "disk is full"), ("short", "incomplete", "without model-"), ("uvx", "downloader_missing", "uvx"), ("flood", "gated_repo", "refuses access")])
+def test_a_download_that_fails_says_why_in_an_operators_words(store, fault, code, said):
+    rig = store.rig
+    if fault in ("gated", "flood"):
+        rig.publish("org/new", gated=TOKEN + "x")
+    if fault == "unknown":
+        (rig.root / "hub.json").unlink()
+    if fault == "uvx":
+        rig.tool("spark1", "uvx", "")
+    rig.control("spark1", "hf_fail", fault)
+    with (rig.spark("spark1") / "home/spark-vllm-docker/.env").open("a") as f:
+        f.write(f'CONTAINER_HF_TOKEN="{TOKEN}"\n')
+    store.post("/api/models/new/download")
+    error = transfer(store, "failed")["error"]
+    assert error["code"] == code and said in error["message"] and error["remedy"] and error["log_tail"], error
+    assert "\u202e" not in json.dumps(error, ensure_ascii=False) and len(error["log_tail"]) <= 20
+    assert TOKEN not in json.dumps(store.get("/api/disk").json) and kinds(store)[0] == "download_failed"
+
+
+def test_the_token_reaches_the_program_and_nothing_else(store, tmp_path):
+    rig = store.rig
+    rig.publish("org/new", gated=TOKEN)
+    slow(store, 0.15)
+    with (rig.spark("spark1") / "home/spark-vllm-docker/.env").open("a") as f:
+        f.write(f"CONTAINER_HF_TOKEN='{TOKEN}'\n")
+    store.post("/api/models/new/download")
+    until(lambda: downloads(store))
+    for pid in rig._processes(f"RIG_ROOT={rig.root}"):
+        with contextlib.suppress(OSError):
+            assert TOKEN.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    transfer(store, "complete")
+    assert downloads(store)[0]["token"] == TOKEN
+    shown = store.get("/api/disk").body + store.get("/api/events").body + store.get("/api/state").body
+    files = [p.read_bytes() for p in (store.data / "transfers.json", tmp_path / "sparkctl.log", rig.root / "ssh.log")]
+    assert TOKEN.encode() not in b"".join([shown, *files])
+    own = rig.spark("spark1") / "home/.cache/huggingface/token"     # the Spark's own login comes first
+    own.write_text("hf_own")
+    rig.publish("org/beta", gated="hf_own")
+    shutil.rmtree(rig.hub("spark1", "org/beta"))
+    store.post("/api/models/beta/download")
+    transfer(store, "complete", model="beta")
+    assert downloads(store)[1]["token"] == "hf_own"
+
+
+def test_without_uvx_hf_downloads_and_a_program_in_the_users_own_bin_is_found(store):
+    rig = store.rig
+    rig.tool("spark1", "uvx", "")
+    own = rig.spark("spark1") / "home/.local/bin"
+    own.mkdir(parents=True)
+    rig.tool("spark1", "../home/.local/bin/hf")
+    store.post("/api/models/new/download")
+    transfer(store, "complete")
+    assert downloads(store)[0]["program"] == "hf"
+
+
+def test_a_copy_takes_what_lies_in_the_shared_store_and_survives_a_lost_line(store):
+    rig = store.rig
+    shutil.rmtree(rig.hub("spark1", "org/wide"))
+    shutil.rmtree(rig.hub("spark2", "org/wide"))
+    rig.weights("spark1", "org/wide", size=5000, shared=True)
+    (rig.hub("spark1", "org/wide") / "blobs/left.0a1b2c3d.incomplete").touch()
+    os.rename(rig.hub("spark1", "org/wide") / "blobs/left.0a1b2c3d.incomplete", next(p for p in rig.hub("spark1", "org/wide").glob("blobs/*") if p.is_symlink()).as_posix() + ".0a1b2c3d.incomplete")
+    rig.control("spark1", "rsync_fail", "cut")
+    assert store.post("/api/models/wide/download").json["steps"] == [["copy", "spark2", str(rig.hub("spark2"))]]
+    t = transfer(store, "complete", model="wide")
+    assert t["attempt"] == 1 and "interrupted" in t["note"] and not downloads(store)
+    row = repos_of(store, "spark2")["org/wide"]
+    assert row["complete"] and row["bytes"] == t["bytes"] and row["shared_bytes"] == 0 and not list(rig.hub("spark2", "org/wide").rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("fault, code", [("missing", "rsync_missing"), ("hostkey", "copy_refused"), ("denied", "copy_refused")])
+def test_a_copy_that_cannot_be_says_what_to_do(store, fault, code):
+    shutil.rmtree(store.rig.hub("spark2", "org/wide"))
+    store.rig.control("spark1", "rsync_fail", fault)
+    store.post("/api/models/wide/download")
+    error = transfer(store, "failed", model="wide")["error"]
+    assert error["code"] == code and "spark2" in error["message"] + error["remedy"], error
+
+
+def test_one_transfer_a_spark_and_none_that_does_not_fit(store, tmp_path):
+    slow(store, 0.3)
+    first = store.post("/api/models/newwide/download").json
+    r = store.post("/api/models/new/download", {"hosts": ["spark2"]})
+    assert (r.status, r.code) == (409, "transfer_running") and r.json["error"]["transfer"] == first["id"] and "newwide" in r.json["error"]["message"]
+    assert store.call("DELETE", "/api/models/newwide/disk").code == "transfer_running"
+    store.call("DELETE", "/api/models/newwide/download")
+    transfer(store, "cancelled", model="newwide")
+    (tmp_path / "models.yaml").write_text((tmp_path / "models.yaml").read_text() + "  vast: {repo: org/vast, size_gb: 99999}\n")
+    until(lambda: store.get("/api/models/vast").status == 200)
+    r = store.post("/api/models/vast/download")
+    assert (r.status, r.code) == (409, "disk_full") and r.json["error"]["needed_gb"] == 99999 and 0 < r.json["error"]["free_gb"] < 99999
+    for path, body, status, code in (("nix", {}, 404, "unknown_model"), ("tuned", {}, 409, "local_model"), ("new", {"hosts": ["spark3"]}, 404, "unknown_spark"),
+                                     ("new", {"hosts": []}, 422, "bad_field"), ("new", {"hosts": ["spark1", "spark1"]}, 422, "bad_field"), ("new", {"hosts": "x"}, 422, "bad_field")):
+        r = store.post(f"/api/models/{path}/download", body)
+        assert (r.status, r.code) == (status, code), (path, r.json)
+    store.rig.control("spark2", "down")
+    assert store.post("/api/models/newwide/download").code == "spark_unreachable"
+
+
+def test_the_disks_tell_both_layouts_and_count_what_is_shared_once(store):
+    rig = store.rig
+    alone = repos_of(store)["org/alpha"]
+    for repo in ("org/beta", "org/fancy"):
+        shutil.rmtree(rig.hub("spark1", repo))
+        rig.weights("spark1", repo, size=50_000, shared=True)
+    rig.weights("spark1", "org/new", complete=False)
+    disk, rows = disk_of(store), repos_of(store)
+    both = rows["org/beta"], rows["org/fancy"]
+    assert all(row["complete"] and row["bytes"] > 100_000 > 100_000 - row["shared_bytes"] >= -1000 for row in both) and both[0]["models"] == ["beta", "twin"]
+    assert disk["used_bytes"] == sum(row["bytes"] for row in rows.values()) - both[0]["shared_bytes"]
+    assert alone["bytes"] < 5000 and alone["shared_bytes"] == 0 and disk["total_bytes"] > disk["free_bytes"] > 0
+    assert not rows["org/new"]["complete"] and any(m.endswith(".incomplete") for m in rows["org/new"]["missing"])
+    assert "model-00002-of-00002.safetensors" in rows["org/new"]["missing"]
+    assert rows["tuned"]["local"] and rows["tuned"]["complete"] and rows["tuned"]["models"] == ["tuned"] 
+    store_file = next(p for p in rig.hub("spark1").glob("blobs/??/*") if p.suffix != ".refs")
+    store_file.unlink()
+    assert {r: row["complete"] for r, row in repos_of(store).items()} == {
+        "org/alpha": True, "org/beta": False, "org/fancy": False, "org/wide": True, "org/new": False, "tuned": True}
+
+
+def test_hostile_names_neither_break_nor_forge_a_row(store):
+    rig = store.rig
+    hub, before = rig.hub("spark1"), repos_of(store)
+    names = ["models--evil\nrepo models--org--forged", "models--$(touch pwned)", "models--'\"; rm -rf ~", "models--\u202egpj\x1b[31m", "models--" + "l" * 240,
+             "models--x\nfile 1 2 99999999999 81a4 1 1"]
+    for name in names:
+        (hub / name / "snapshots/r\nmissing x").mkdir(parents=True)
+        (hub / name / "blobs").mkdir()
+        (hub / name / "blobs/a\nrepo models--org--forged2\n.0a.incomplete").write_bytes(b"x" * 1000)
+    index = {"weight_map": {"a": "x" * 10_000 + ".safetensors", "b": "$(id).safetensors", "c": "a\nrepo models--org--forged3\n.safetensors", "d": "../../../../../../etc/passwd"}}
+    (hub / "models--org--alpha/snapshots").joinpath(next(iter(os.listdir(hub / "models--org--alpha/snapshots"))), "evil.index.json").write_text(json.dumps(index))
+    os.symlink("/", hub / "models--org--beta/blobs/root")
+    rows = repos_of(store)
+    odd = {name for name in rows if name not in before}
+    assert len(odd) == len(names) and not [n for n in rows if "forged" in n and "?" not in n]
+    assert all(row["bytes"] == 1000 and not row["complete"] for name, row in rows.items() if name in odd)
+    assert not [p for p in (rig.root).rglob("pwned")] and rows["org/beta"]["bytes"] == before["org/beta"]["bytes"]
+    assert not rows["org/alpha"]["complete"] and all(len(m) <= 200 for m in rows["org/alpha"]["missing"]) and rows["org/wide"] == before["org/wide"]
+    assert all(not re.search(r"[\x00-\x1f\x7f\u202e]", text) for row in rows.values() for text in (row["name"], *row["missing"]))
+
+
+def test_what_a_lying_spark_says_of_its_disk_is_passed_over():
+    facts, rows = sc.parse_disk("file 1 1 5 81a4 1 1\nmissing x\ndisk a b c\ndisk 9999999999999 1 1\nnonsense\n\nrepo models--a--b\nfile 1 1 10 81a4 5 6\nfile 1 1 10 81a4 5 6\n"
+                                "file 1 2 7 41ed 9 9\nfile 1 3 -7 81a4 9 9\nfile 1 4 7 81a4 99999999999 9\npromised 9e9\npromised x\nfile 1 5 ٣ 81a4 1 1\n")
+    assert facts == {"hub": "", "total_bytes": 0, "free_bytes": 0}
+    assert [(r["name"], r["bytes"], r["used"], r["modified"], r["promised"]) for r in rows] == [("models--a--b", 10, 5, 6, 0)]
+    assert sc.shown_disk(facts, rows, {"models--a--b": ["k"]}, {"k"})["repos"][0]["serving"]
+
+
+def test_weights_are_deleted_by_safe_means_only(store, tmp_path):
+    rig, gone = store.rig, lambda spark, repo: not rig.hub(spark, repo).exists()
+    delete = lambda key, query="": store.call("DELETE", f"/api/models/{key}/disk{query}")
+    r = delete("fancy", "?host=spark2")
+    assert r.status == 200 and r.json["hosts"][0]["host"] == "spark2" and r.json["hosts"][0]["freed_bytes"] > 2000
+    assert gone("spark2", "org/fancy") and not gone("spark1", "org/fancy") and not list(rig.hub("spark2").glob(".trash*"))
+    event = store.get("/api/events").json["events"][0]
+    assert event["kind"] == "weights_deleted" and event["client"] and "spark2" in event["text"]
+    assert [h["freed_bytes"] > 0 for h in delete("fancy").json["hosts"]] == [True, False] and gone("spark1", "org/fancy")
+    assert delete("tuned").code == "local_model" and rig.local.exists() and delete("nix").code == "unknown_model" and delete("alpha", "?host=spark9").code == "unknown_spark"
+    assert delete("beta").code == "repo_shared" and delete("beta").json["error"]["models"] == ["twin"]
+    token = store.post("/api/swap/lock", {"holder": "cron"}).json["token"]
+    assert delete("alpha").code == "swap_locked"
+    assert store.call("DELETE", "/api/models/alpha/disk?host=spark2", headers={"X-Swap-Lock-Token": token}).status == 200
+    store.call("DELETE", "/api/swap/lock", headers={"X-Swap-Lock-Token": token})
+    # a directory that is really elsewhere, and files of the shared store without the program that knows who needs them
+    shutil.move(rig.hub("spark2", "org/wide"), tmp_path / "elsewhere")
+    rig.hub("spark2", "org/wide").symlink_to(tmp_path / "elsewhere")
+    r = delete("wide", "?host=spark2")
+    assert (r.status, r.code) == (502, "delete_failed") and "by hand" in r.json["error"]["message"] and (tmp_path / "elsewhere/blobs").exists()
+    for repo in ("org/new", "org/beta"):
+        shutil.rmtree(rig.hub("spark1", repo), ignore_errors=True)
+        rig.weights("spark1", repo, shared=True)
+    r = delete("new", "?host=spark1")
+    assert r.code == "delete_failed" and "shared" in r.json["error"]["message"] and repos_of(store)["org/new"]["complete"]
+    rig.tool("spark1", "hf")
+    assert delete("new", "?host=spark1").status == 200 and gone("spark1", "org/new") and repos_of(store)["org/beta"]["complete"]
+    freed = delete("beta", "?host=spark1&force=true").json["hosts"][0]["freed_bytes"]
+    assert freed > 2000 and not [p for p in rig.hub("spark1").glob("blobs/??/*")]
+    rig.control("spark2", "down")
+    r = delete("alpha")
+    assert r.code == "delete_failed" and [bool(h.get("error")) for h in r.json["error"]["hosts"]] == [False, True] and gone("spark1", "org/alpha")
+
+
+def test_weights_that_are_served_or_about_to_be_are_not_deleted(store):
+    delete = lambda key, query="": store.call("DELETE", f"/api/models/{key}/disk{query}")
+    assert store.swap("beta").status == 200
+    for key in ("beta", "twin"):                        # the same repo under another name
+        r = delete(key, "?force=true")
+        assert (r.status, r.code) == (409, "model_serving") and "main" in r.json["error"]["message"]
+    assert repos_of(store)["org/beta"]["serving"] and not repos_of(store)["org/alpha"]["serving"]
+    store.rig.behave("spark1", "org/alpha", load=3)
+    store.post("/api/swap", {"model": "alpha"})
+    assert [delete(key, "?force=true").code for key in ("alpha", "beta")] == ["model_serving"] * 2 and delete("fancy").code == "swap_running"
+    store.idle()
+    assert delete("beta", "?force=true").status == 200 and delete("alpha", "?force=true").code == "model_serving"
+    assert all(repos_of(store, s)["org/alpha"]["complete"] for s in store.rig.sparks)
 
 
 # === 12 monitor ===============================================================
@@ -5795,7 +6085,10 @@ def reach(place):
     if ":" not in place:
         return place
     login, _, path = place.partition(":")
-    got = subprocess.run([*ssh, login, "true"], stdin=subprocess.DEVNULL)
+    said = {"hostkey": "Host key verification failed.", "denied": "root@%s: Permission denied (publickey,password)." % login}.get(control("rsync_fail"))
+    if said:
+        sys.stderr.write(said + "\r\nrsync: connection unexpectedly closed (0 bytes received so far) [sender]\n")
+    got = subprocess.run(["false"] if said else [*ssh, login, "true"], stdin=subprocess.DEVNULL)
     if control("rsync_fail") == "missing":
         sys.stderr.write("bash: line 1: rsync: command not found\nrsync: connection unexpectedly closed (0 bytes received so far) [sender]\n"
                          "rsync error: error in rsync protocol data stream (code 12) at io.c(232) [sender=3.2.7]\n")
