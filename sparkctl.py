@@ -1257,7 +1257,7 @@ def end_launch_script(swap_id):
     """End what begin_once began under that name, if it is still at work."""
     return f"""d="$HOME/.cache/sparkctl/"{quote_arg(swap_id)}
 p=$(cat "$d/pid" 2>/dev/null)
-if [ -n "$p" ] && [ ! -e "$d/rc" ]; then kill -TERM -- "-$p" 2>/dev/null || kill -TERM "$p" 2>/dev/null; sleep 0.3; kill -KILL -- "-$p" 2>/dev/null; fi
+if [ -n "$p" ] && [ ! -e "$d/rc" ]; then kill -s TERM -- "-$p" 2>/dev/null || kill -TERM "$p" 2>/dev/null; sleep 0.3; kill -s KILL -- "-$p" 2>/dev/null; fi
 exit 0
 """
 
@@ -3980,7 +3980,7 @@ class Transfers:
         seconds, grown = seen[-1][1] - seen[0][1], done - seen[0][2]
         rate = max(0.0, grown / seconds) if seconds else 0.0
         if total != t["total_bytes"]:
-            self._set(t, total_bytes=total, note="")
+            self._set(t, total_bytes=total)
         self._tell(t, waits_for="", bytes=done, bytes_per_second=round(rate), eta_seconds=round((total - done) / rate, 1) if rate and total > done else None)
 
 
