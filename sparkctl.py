@@ -1258,7 +1258,8 @@ def end_launch_script(swap_id):
     """End what begin_once began under that name, if it is still at work."""
     return f"""d="$HOME/.cache/sparkctl/"{quote_arg(swap_id)}
 p=$(cat "$d/pid" 2>/dev/null)
-if [ -n "$p" ] && [ ! -e "$d/rc" ]; then kill -s TERM -- "-$p" 2>/dev/null || kill -TERM "$p" 2>/dev/null; sleep 0.3; kill -s KILL -- "-$p" 2>/dev/null; fi
+[ -n "$p" ] && [ ! -e "$d/rc" ] || exit 0
+kill -s TERM -- "-$p" 2>/dev/null || kill -s TERM "$p" 2>/dev/null; sleep 0.3; kill -s KILL -- "-$p" 2>/dev/null
 exit 0
 """
 
@@ -1336,7 +1337,8 @@ WEIGHTS_COMPLETE = r"""lacks() {
     ls "$1" 2>/dev/null | grep -qE '\.(safetensors|bin|gguf|pt|pth)$' || echo weights
     cat "$1"/*.index.json 2>/dev/null | grep -oE '"[^"]+\.(safetensors|bin)"' | tr -d '"' | sort -u |
       while IFS= read -r f; do [ -e "$1/$f" ] || printf '%s\n' "$f"; done
-    ls "$1" 2>/dev/null | sed -nE 's/^(.*)-[0-9]+(-of-([0-9]+)\.(safetensors|bin|gguf))$/\3 \1-*\2/p' | sort | uniq -c | awk '$1 < $2 + 0 {print $3}'
+    ls "$1" 2>/dev/null | sed -nE 's/^(.*)-[0-9]+(-of-([0-9]+)\.(safetensors|bin|gguf))$/\3 \1-*\2/p' |
+      sort | uniq -c | awk '$1 < $2 + 0 {print $3}'
     for f in "$1"/*; do [ -e "$f" ] || [ ! -L "$f" ] || printf '%s\n' "${f##*/}"; done
     [ -z "$2" ] || for f in "$2"/blobs/*.incomplete; do b=${f##*/}; [ ! -e "$f" ] || [ -e "$2/blobs/${b%%.*}" ] || printf '%s\n' "$b"; done
   } | LC_ALL=C tr -c 'A-Za-z0-9._*/\n-' '?' | cut -c 1-200 | sort -u | head -n 50 | sed 's/^/missing /'
@@ -3593,7 +3595,9 @@ def disk_script(repo="", local=()):
 LC_ALL=C p=$h; export LC_ALL
 while [ ! -d "$p" ]; do p=$(dirname "$p"); done
 stat -f -c 'disk %S %b %a' "$p"; echo "hub $(printf %s "$h" | tr -c 'A-Za-z0-9._/@+=-' '?')"
-for r in "$h"/{quote_arg(repo_dir(repo)) if repo else "models--*"}; do [ ! -d "$r" ] || {{ snapshot "$r"; row repo "${{r##*/}}" "$r" "$s"; }}; done
+for r in "$h"/{quote_arg(repo_dir(repo)) if repo else "models--*"}; do
+  [ ! -d "$r" ] || {{ snapshot "$r"; row repo "${{r##*/}}" "$r" "$s"; }}
+done
 {rows}
 exit 0
 """
@@ -3668,8 +3672,8 @@ def download_command(repo, launch_dir):
     # The token stays in the environment of that process: the Spark's own login, or the one the launcher gives containers.
     # Without the shared store a repo is whole in its own directory, which can be copied and deleted.
     q = quote_arg(repo)
-    return HUB + f"""PATH=$HOME/.local/bin:$PATH HF_HUB_CACHE=$h HF_HUB_DISABLE_PROGRESS_BARS=1 HF_HUB_DISABLE_SHARED_BLOBS=1 l={quote_path(launch_dir)}
-export PATH HF_HUB_CACHE HF_HUB_DISABLE_PROGRESS_BARS HF_HUB_DISABLE_SHARED_BLOBS
+    return HUB + f"""l={quote_path(launch_dir)}
+export PATH="$HOME/.local/bin:$PATH" HF_HUB_CACHE="$h" HF_HUB_DISABLE_PROGRESS_BARS=1 HF_HUB_DISABLE_SHARED_BLOBS=1
 if [ -z "$HF_TOKEN" ] && [ ! -s "${{HF_TOKEN_PATH:-${{HF_HOME:-$HOME/.cache/huggingface}}/token}}" ]; then
   t=$(sed -n "s/^ *CONTAINER_HF_TOKEN=[\\"']*\\(hf_[A-Za-z0-9_]*\\).*/\\1/p" "$l/.env" 2>/dev/null | tail -n 1)
   [ -z "$t" ] || export HF_TOKEN="$t"
@@ -3692,12 +3696,12 @@ exec rsync -a --mkpath --copy-unsafe-links --partial-dir=.rsync-partial --exclud
 
 
 def job_script(name, command):
-    """Begin command at most once; says `running`, `lost` or its exit code, and then how its output ends."""
+    """Begin command at most once; says `job running`, `job lost` or `job` and its exit code, and then how its output ends."""
     # by its command line, since after a reboot the number may be another process's
     lives = f'grep -qaF -e {quote_arg(name)} "/proc/$(cat "$d/pid" 2>/dev/null)/cmdline" 2>/dev/null'
     return begin_once(name, command) + f"""i=0
 while [ ! -e "$d/rc" ] && ! {lives} && [ $i -lt 30 ]; do sleep 0.1; i=$((i+1)); done
-if [ -e "$d/rc" ]; then cat "$d/rc"; elif [ $i -lt 30 ]; then echo running; else echo lost; fi
+if [ -e "$d/rc" ]; then echo "job $(cat "$d/rc")"; elif [ $i -lt 30 ]; then echo job running; else echo job lost; fi
 tail -c 8000 "$d/out" 2>/dev/null
 exit 0
 """
@@ -3709,15 +3713,16 @@ def delete_script(repo):
     r = quote_arg(repo_dir(repo))
     return HUB + f"""r=$h/{r} PATH=$HOME/.local/bin:$PATH; export PATH
 [ -e "$r" ] || [ -L "$r" ] || {{ echo freed 0; exit 0; }}
-[ "$(cd "$r" && pwd -P)" = "$(cd "$h" && pwd -P)/"{r} ] || {{ echo "$r is not a directory of its own in the cache; remove it by hand"; exit 3; }}
-[ -z "$(find "$r" -type d ! -writable | head -n 1)" ] || {{ echo "files there belong to another user: sudo chown -R \\"\\$USER\\" $r"; exit 3; }}
+no() {{ echo "$*"; exit 3; }}
+[ "$(cd "$r" && pwd -P)" = "$(cd "$h" && pwd -P)/"{r} ] || no "$r is not a directory of its own in the cache; remove it by hand"
+[ -z "$(find "$r" -type d ! -writable | head -n 1)" ] || no "files there belong to another user: sudo chown -R \\"\\$USER\\" $r"
 used() {{ du -s -c -B1 "$r" "$h/blobs" 2>/dev/null | tail -n 1 | cut -f 1; }}
 b=$(used)
 hf cache rm --help >/dev/null 2>&1 && hf cache rm model/{quote_arg(repo)} --cache-dir "$h" --yes >/dev/null 2>&1
 if [ -e "$r" ]; then
   [ -z "$(find "$r/blobs" -type l 2>/dev/null | head -n 1)" ] ||
-    {{ echo "its files are in the store shared by all repos: install hf there (pip install -U huggingface_hub) and delete again"; exit 3; }}
-  t=$h/.trash-$$-{r}; mv "$r" "$t" && rm -rf "$t" || {{ echo "could not be removed whole: see $t"; exit 3; }}
+    no "its files are in the store shared by all repos: install hf there (pip install -U huggingface_hub) and delete again"
+  t=$h/.trash-$$-{r}; mv "$r" "$t" && rm -rf "$t" || no "could not be removed whole: see $t"
 fi
 a=$(used); echo "freed $((b - ${{a:-0}}))"
 """
@@ -3725,7 +3730,7 @@ a=$(used); echo "freed $((b - ${{a:-0}}))"
 
 TRANSFER_FAILURES = (   # before FATAL: (pattern, code, what happened, what to do); {at}: the Spark it ran on, {to}: the one that gets it
     (r"(?i)repository ?not ?found|(?:Model|Repository) '[^']*' not found", "repo_not_found",
-     "Hugging Face has no such repo, or does not show it to {at}", "mend repo in the catalog; if it is private, log in on {at}: hf auth login"),
+     "Hugging Face has no such repo, or hides it from {at}", "mend repo in the catalog; if it is private, log in on {at}: hf auth login"),
     (r"requires approval|gated repo", "gated_repo", "Hugging Face refuses access to the repo",
      "accept the model's licence, and log in on {at}: hf auth login"),
     (r"neither uvx nor hf|'uvx' command not found", "downloader_missing", "neither uvx nor hf is installed on {at}",
@@ -3744,9 +3749,12 @@ def transfer_failure(said, code, at, to):
     """The end of a failed process's output and its exit code -> the error that people see."""
     lines = [printable(re.sub(r"hf_\w{6,}", "hf_***", line), 400) for line in said.splitlines() if line.strip()][-20:]
     fatal = min((s for s in map(classify_log_line, lines) if s.kind == "fatal"), key=lambda s: s.rank, default=None)
-    what = next((row[1:] for row in TRANSFER_FAILURES if re.search(row[0], said)), None) or (fatal and (fatal.code, fatal.text, fatal.remedy)) or (
-        "download_failed", f"it ended on {{at}} with exit code {code}", "see its last lines; begun again, it goes on with what is there")
-    return {"code": what[0], "message": what[1].format(at=at, to=to), "remedy": what[2].format(at=at, to=to), "log_tail": lines}
+    what = ("download_failed", f"it ended on {at} with exit code {code}", "see its last lines; begun again, it goes on with what is there")
+    if known := next((row[1:] for row in TRANSFER_FAILURES if re.search(row[0], said)), None):
+        what = [part.format(at=at, to=to) for part in known]
+    elif fatal:
+        what = fatal.code, fatal.text, fatal.remedy
+    return {**dict(zip(("code", "message", "remedy"), what)), "log_tail": lines}
 
 
 def parse_steps(rows):
@@ -3759,7 +3767,8 @@ def parse_steps(rows):
 TRANSFER_NEEDS = {**dict.fromkeys(("id", "model", "source"), line_of(64)), "repo": validate_repo, "client": printable, "steps": parse_steps,
                   "state": choice("running", "complete", "failed", "cancelled"),
                   **dict.fromkeys(("step", "attempt", "total_bytes"), amount(0, 1 << 60, "a number"))}
-TRANSFER = {**TRANSFER_NEEDS, "started_at": moment, "ended_at": moment, "note": printable, "cancelling": boolean, "error": functools.partial(expect, "mapping")}
+TRANSFER = {**TRANSFER_NEEDS, "started_at": moment, "ended_at": moment, "note": printable, "cancelling": boolean,
+            "error": functools.partial(expect, "mapping")}
 
 
 def on_hosts(t):
@@ -3787,7 +3796,8 @@ class Transfers:
     def start(self):
         for t in self.running():                # what we cannot go on with
             if t["steps"][0][0] == "delete" or t["step"] not in range(len(t["steps"])) or not on_hosts(t) <= self._hosts.sparks.keys():
-                self._end(t, "failed", {"code": "interrupted", "message": "sparkctl was stopped, or a Spark is no longer configured", "remedy": "begin again"})
+                why = "sparkctl was stopped, or a Spark is no longer configured"
+                self._end(t, "failed", {"code": "interrupted", "message": why, "remedy": "begin again", "log_tail": []})
         for name in self._hosts.sparks:
             forever("weights-" + name, self._closing, functools.partial(self._work, name)).start()
 
@@ -3822,10 +3832,11 @@ class Transfers:
         models, users = self._config().models.values(), collections.defaultdict(list)
         for m in models:
             users[repo_dir(m.repo) if m.repo else m.key].append(m.key)
+        local = [(m.key, m.local_path) for m in models if m.local_path]
 
         def row(name):
             try:
-                return {"host": name, **shown_disk(*self.look(name, "", [(m.key, m.local_path) for m in models if m.local_path]), users, in_use)}
+                return {"host": name, **shown_disk(*self.look(name, "", local), users, in_use)}
             except Refused as e:
                 return {"host": name, "error": str(e), **e.details}
         return {"hosts": list(self._hosts.each(self._hosts.sparks, row).values()), "transfers": list(self.shown())}
@@ -3833,50 +3844,61 @@ class Transfers:
     def _add(self, what, model, source, steps, client, must=True, **more):
         """Take the Sparks for a transfer -> it. Raises Refused 409, 503."""
         new = {"id": f"{what}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}", "model": model.key, "repo": model.repo,
-               "source": source, "steps": steps, "client": client, "started_at": utc(), "state": "running", "step": 0, "attempt": 0, "total_bytes": 0, **more}
+               "source": source, "steps": steps, "client": client, "started_at": utc(), "state": "running",
+               "step": 0, "attempt": 0, "total_bytes": 0, **more}
 
         def put(old):                           # the register holds its lock, so of two that want a Spark one sees the other
             for t in self.running():
                 shared = ", ".join(sorted(on_hosts(t) & on_hosts(new)))
                 if shared and (t["repo"] == model.repo or "delete" not in (what, t["steps"][0][0])):
-                    raise Refused(409, "transfer_running", f"{t['model']}: a {t['steps'][t['step']][0]} is running on {shared}", transfer=t["id"])
+                    said = f"{t['model']}: a {t['steps'][t['step']][0]} is running on {shared}"
+                    raise Refused(409, "transfer_running", said, transfer=t["id"])
             return new
         for old in [t["id"] for t in self.register.entries.values() if t["state"] != "running"][:-self.KEEP]:
-            self._change(old, lambda t: None)
+            self._drop(old)
         return self.register.change(new["id"], put, must)
+
+    def _caches(self, names):
+        """names, but of the Sparks that are this machine only one: they have one cache."""
+        return [name for name in names if name not in [n for n in names if self._hosts.sparks[n].local][1:]]
 
     def begin(self, model, names, client):
         """Bring the weights of model to the Sparks of those names -> its id, or None if all have them. Raises Refused 409, 502, 503."""
+        names = self._caches(names)
         sparks, looks = self._hosts.sparks, self._hosts.each(names, lambda name: self.look(name, model.repo))
         has = {name: rows[0]["bytes"] if rows else 0 for name, (_, rows) in looks.items()}
         complete = [name for name in names if looks[name][1] and not looks[name][1][0]["missing"]]
         source = [*complete, *names][0]
-        # two Sparks that are both this machine have one cache
-        wanted = [name for name in names if name not in complete and (name == source or not (sparks[name].local and sparks[source].local))]
+        wanted = [name for name in names if name not in complete]
         total = has[source] if complete else int(model.size_gb * GIB)
-        steps = [["download" if name == source else "copy", name, looks[source if sparks[name].local else name][0]["hub"]] for name in wanted]
+        steps = [["download" if name == source else "copy", name, looks[source if sparks[name].local else name][0]["hub"]]
+                 for name in wanted]
         for kind, name, cache in steps:
-            wants, free = (round(n / GIB, 2) for n in (total - has[name], looks[name][0]["free_bytes"]))
+            wants, free = (n / GIB for n in (total - has[name], looks[name][0]["free_bytes"]))
             if free < wants:
-                raise Refused(409, "disk_full", f"{model.key} needs {wants:g} GB on {name}, and {free:g} GB are free: delete models that are not needed",
-                              host=name, needed_gb=wants, free_gb=free)
+                said = f"{model.key} needs {wants:.1f} GB on {name}, and {free:.1f} GB are free: delete models that are not needed"
+                raise Refused(409, "disk_full", said, host=name, needed_gb=round(wants, 1), free_gb=round(free, 1))
             if kind == "copy" and not re.fullmatch(r"/[\w./@+=-]+", cache, re.ASCII):
                 raise Refused(409, "odd_cache", f"{cache} has characters that rsync's other side would not take; name one Spark at a time")
         if not wanted:
             return None
         note = "" if total else "its size is not known, so free space was not checked"
         t = self._add("download", model, source, steps, client, total_bytes=total, note=note)
-        self._events("download_started", f"{client} asked for {model.key} on {', '.join(wanted)}", transfer=t["id"], model=model.key, client=client)
+        said = f"{client} asked for {model.key} on {', '.join(wanted)}"
+        self._events("download_started", said, transfer=t["id"], model=model.key, client=client)
         return t["id"]
 
     def cancel(self, key, client):
-        """End the running transfers of a model -> their ids. Raises Refused 404."""
-        mine = [t["id"] for t in self.running() if t["model"] == key and t["steps"][0][0] != "delete"]
-        for id_ in mine:
-            self._change(id_, lambda t: t and {**t, "cancelling": True, "note": f"{client} cancelled it"})
+        """End the running transfers of a model; told again, also where a Spark does not answer -> their ids. Raises Refused 404."""
+        mine = [t for t in self.running() if t["model"] == key and t["steps"][0][0] != "delete"]
         if not mine:
             raise Refused(404, "no_transfer", f"no transfer of {key} is running")
-        return mine
+        for t in mine:
+            if t.get("cancelling"):
+                self._end(t, "cancelled")
+            else:
+                self._set(t, cancelling=True, note=f"{client} cancelled it")
+        return [t["id"] for t in mine]
 
     def delete(self, model, names, client):
         """Remove model's repo from the Sparks of those names -> [{host, freed_bytes}]. Raises Refused 409, 502 with what came of each."""
@@ -3885,32 +3907,38 @@ class Transfers:
             said = printable((got.out.strip().splitlines() or [""])[-1], 300)
             if got.kind == "ok" and (m := re.fullmatch(r"freed (-?[0-9]{1,18})", said)):
                 return {"host": name, "freed_bytes": max(0, int(m[1]))}
-            return {"host": name, "freed_bytes": 0, "error": said if got.reached and said else why_not(got), "remedy": remedy_for(got, self._hosts.sparks[name])}
+            why = said if got.reached and said else why_not(got)
+            return {"host": name, "freed_bytes": 0, "error": why, "remedy": remedy_for(got, self._hosts.sparks[name])}
+        names = self._caches(names)
         # a full disk of ours is no reason not to make room
         t = self._add("delete", model, names[0], [["delete", name, ""] for name in names], client, must=False)
         try:
             rows = list(self._hosts.each(names, remove).values())
         finally:
-            self._change(t["id"], lambda t: None)
+            self._drop(t["id"])
         bad, gone = [row for row in rows if "error" in row], [row["host"] for row in rows if "error" not in row]
         if gone:
-            freed = sum(row["freed_bytes"] for row in rows) / GIB
-            self._events("weights_deleted", f"{client} deleted {model.repo} on {', '.join(gone)}: {freed:.1f} GB", model=model.key, client=client)
+            said = f"{client} deleted {model.repo} on {', '.join(gone)}: {sum(row['freed_bytes'] for row in rows) / GIB:.1f} GB"
+            self._events("weights_deleted", said, model=model.key, client=client)
         if bad:
             raise Refused(502, "delete_failed", "; ".join(f"{row['host']}: {row['error']}" for row in bad), hosts=rows)
         return rows
 
     # --- acting
 
-    def _change(self, id_, change):
-        with contextlib.suppress(Refused):      # it may be over and forgotten
-            self.register.change(id_, change, must=False)
-
     def _set(self, t, **facts):
-        self._change(t["id"], lambda now: now and {**now, **facts})
+        """Change t, unless it is over by now, and keep it."""
+        with contextlib.suppress(Refused):      # or forgotten
+            self.register.change(t["id"], lambda now: now and {**now, **(facts if now["state"] == "running" else {})}, must=False)
+
+    def _drop(self, id_):
+        with contextlib.suppress(Refused):
+            self.register.change(id_, lambda t: None, must=False)
 
     def _end(self, t, state, error=None):
-        """The transfer is over: tell."""
+        """The transfer is over: tell, unless somebody did."""
+        if t["id"] not in [now["id"] for now in self.running()]:
+            return
         names_ = ", ".join(host for _, host, _ in t["steps"])
         said = {"complete": f"{t['model']} is on {names_}", "cancelled": f"the transfer of {t['model']} was cancelled",
                 "failed": f"{t['model']} did not get to {names_}: {(error or {}).get('message')}"}[state]
@@ -3931,8 +3959,11 @@ class Transfers:
         at, far = host if kind == "download" or pull else t["source"], sparks[t["source"] if pull else host]
         address = self._hosts.address(far.name)
         login = (f"{far.user}@" if far.user else "") + (f"[{address}]" if ":" in address else address)
-        command = download_command(t["repo"], self._config().settings["LAUNCH_DIR"]) if kind == "download" else copy_command(t["repo"], login, cache, pull)
-        got = self._hosts.run(at, end_launch_script(job_of(t)) if cancelling else job_script(job_of(t), command), self.LOOK_S, self._closing)
+        command = copy_command(t["repo"], login, cache, pull)
+        if kind == "download":
+            command = download_command(t["repo"], self._config().settings["LAUNCH_DIR"])
+        script = end_launch_script(job_of(t)) if cancelling else job_script(job_of(t), command)
+        got = self._hosts.run(at, script, self.LOOK_S, self._closing)
         try:
             if not got.reached:
                 raise Refused(502, "spark_unreachable", f"{at}: {why_not(got)}")
@@ -3940,14 +3971,15 @@ class Transfers:
         except Refused as e:
             self._tell(t, waits_for=str(e), bytes_per_second=0, eta_seconds=None)
             return 3
-        first, _, said = got.out.partition("\n")
+        word = re.search(r"^job (running|lost|[0-9]{1,3})$", got.out, re.M)     # a login shell may have had its say before
+        first, said = (word[1], got.out[word.end():]) if word else (str(got.code), got.err)
         row = rows[0] if rows else {"bytes": 0, "promised": 0, "missing": ["any file"]}
         if cancelling:
             self._end(t, "cancelled")
         elif first == "running":
             self._measured(t, row["bytes"], kind == "download" and row["promised"] or t["total_bytes"])
         elif first != "0":
-            error = transfer_failure(said + got.err, first or got.code, at, host)
+            error = transfer_failure(said, first, at, host)
             again = first == "lost" or kind == "copy" and first in self.LINE_LOST and error["code"] in ("download_failed", "no_network")
             if again and t["attempt"] + 1 < self.ATTEMPTS:
                 self._set(t, attempt=t["attempt"] + 1, note=f"was interrupted on {at}, and goes on with what is there")
@@ -3982,7 +4014,8 @@ class Transfers:
         rate = max(0.0, grown / seconds) if seconds else 0.0
         if total != t["total_bytes"]:
             self._set(t, total_bytes=total)
-        self._tell(t, waits_for="", bytes=done, bytes_per_second=round(rate), eta_seconds=round((total - done) / rate, 1) if rate and total > done else None)
+        eta = round((total - done) / rate, 1) if rate and total > done else None
+        self._tell(t, waits_for="", bytes=done, bytes_per_second=round(rate), eta_seconds=eta)
 
 
 # === 12 monitor ===============================================================
@@ -4485,7 +4518,8 @@ class App:
         self.events.listeners.append(self.webhooks.tell)
         jobs, schedules, transfers = (Register(os.path.join(data_dir, f"{what}s.json"), what, fields, required, self.hub, self.warnings.append)
                                       for what, fields, *required in (("job", JOB | JOB_STATE, "kind", "cron", "due", "runs"),
-                                                                      ("schedule", SCHEDULE, "registered_at"), ("transfer", TRANSFER, *TRANSFER_NEEDS)))
+                                                                      ("schedule", SCHEDULE, "registered_at"),
+                                                                      ("transfer", TRANSFER, *TRANSFER_NEEDS)))
         self.jobs = Jobs(jobs, {kind: functools.partial(run, self) for kind, run in JOB_ACTIONS.items()}, self.events.add)
         self.schedules = Schedules(schedules, jobs)
         self.transfers = Transfers(transfers, lambda: store.current, self.hosts, self.hub, self.events.add)
@@ -4905,7 +4939,8 @@ def get_disk(app, r):
 def post_download(app, r):
     model, sparks = repo_model(app, r.args["key"]), app.store.sparks
     slot = pick_slot(app.store.current, None)
-    names_ = [entry_of(sparks, "spark", name).name for name in r.json.get("hosts", slot.hosts if model.mode == "cluster" else slot.hosts[:1])]
+    needs = slot.hosts if model.mode == "cluster" else slot.hosts[:1]
+    names_ = [entry_of(sparks, "spark", name).name for name in r.json.get("hosts", needs)]
     with app.parking():
         id_ = app.transfers.begin(model, names_, r.client)
     if not id_:

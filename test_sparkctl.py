@@ -1419,7 +1419,9 @@ def slow(program, seconds=0.1):
 def transfer(program, *states, model="new", seconds=30, **facts):
     """Wait until the last transfer of the model is in one of these states, and as the facts say -> it."""
     def found():
-        t = next((t for t in program.get("/api/disk").json["transfers"] if t["model"] == model), None)
+        rows = program.get("/api/state").json["transfers"]         # which is cheap; those that are over are told by the disks
+        rows = rows if "running" in states else [] if any(t["model"] == model for t in rows) else program.get("/api/disk").json["transfers"]
+        t = next((t for t in rows if t["model"] == model), None)
         return t and t["state"] in states and all(t[k] == v for k, v in facts.items()) and t
     return until(found, seconds, f"a transfer of {model} that is {states} {facts}")
 
@@ -1442,7 +1444,7 @@ def kinds(program):
 
 
 def test_a_download_gets_to_both_sparks_and_its_progress_is_seen(store):
-    slow(store, 0.2)
+    slow(store, 0.15)
     r = store.post("/api/models/newwide/download")
     assert r.status == 202 and r.json["state"] == "running" and r.json["hosts"] == ["spark1", "spark2"]
     seen, version = [], store.get("/api/state").json["version"]
@@ -1454,7 +1456,7 @@ def test_a_download_gets_to_both_sparks_and_its_progress_is_seen(store):
     assert {s[:2] for s in seen} == {("download", "spark1"), ("copy", "spark2")}
     for phase in ("download", "copy"):
         part = [s for s in seen if s[0] == phase]
-        assert 0 < part[-1][2] <= t["total_bytes"] + 1000 and any(s[3] > 0 and s[4] for s in part) and len({s[2] for s in part}) > 2, seen
+        assert 0 < part[-1][2] <= t["total_bytes"] + 1000 and any(s[3] > 0 and s[4] for s in part) and len({s[2] for s in part}) > 1, seen
     for spark in store.rig.sparks:
         row = repos_of(store, spark)["org/newwide"]
         assert row["complete"] and row["models"] == ["newwide"] and row["bytes"] == t["bytes"] > 200_000
@@ -1485,7 +1487,7 @@ def test_a_cancelled_download_ends_on_the_spark_and_can_be_begun_again(store):
 
 @pytest.mark.parametrize("phase", ["download", "copy"])
 def test_a_restart_in_the_middle_of_a_transfer_goes_on_with_it_and_begins_nothing_twice(store, phase):
-    slow(store, 0.15)
+    slow(store, 0.1)
     store.post("/api/models/newwide/download")
     transfer(store, "running", model="newwide", phase=phase)
     until(lambda: disk_of(store, "spark1" if phase == "download" else "spark2")["repos"][0]["repo"] == "org/newwide")
@@ -1507,6 +1509,19 @@ def test_a_spark_that_goes_away_meanwhile_is_waited_for(store):
     assert "unreachable" in row["error"] and row["remedy"] and "repos" not in row and disk_of(store, "spark2")["repos"]
     store.rig.clear("spark1", "down")
     assert transfer(store, "complete")["id"] == t["id"] and len(downloads(store)) == 1
+
+
+def test_a_cancel_waits_for_its_spark_and_told_again_it_does_not(store):
+    slow(store, 0.3)
+    store.post("/api/models/new/download")
+    until(lambda: downloads(store))
+    store.rig.control("spark1", "down")
+    assert store.call("DELETE", "/api/models/new/download").status == 202
+    until(lambda: "spark1" in store.get("/api/state").json["transfers"][0]["waits_for"])
+    assert store.get("/api/state").json["transfers"][0]["cancelling"]
+    assert store.call("DELETE", "/api/models/new/download").status == 202 and not store.get("/api/state").json["transfers"]
+    store.rig.clear("spark1", "down")
+    assert transfer(store, "cancelled")["note"] == "127.0.0.1 cancelled it" and kinds(store).count("download_cancelled") == 1
 
 
 def test_a_download_whose_process_is_gone_is_begun_again(store):
@@ -1591,6 +1606,19 @@ def test_a_copy_takes_what_lies_in_the_shared_store_and_survives_a_lost_line(sto
     assert t["attempt"] == 1 and "interrupted" in t["note"] and not downloads(store)
     row = repos_of(store, "spark2")["org/wide"]
     assert row["complete"] and row["bytes"] == t["bytes"] and row["shared_bytes"] == 0 and not list(rig.hub("spark2", "org/wide").rglob("*.incomplete"))
+
+
+def test_a_copy_to_this_machine_is_pulled_from_the_spark_that_has_it(rig, start, tmp_path):
+    here = rig.spark("spark2")
+    env = rig_env(rig, tmp_path, SPARK2_HOST="local", SPARK1_USER="you", HOME=str(here / "home"), RIG_ROOT=str(rig.root), RIG_SPARK="spark2",
+                  PATH=f"{here}/bin:{rig.bin}:{os.environ['PATH']}")
+    p = start(env, args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    shutil.rmtree(rig.hub("spark2", "org/wide"))
+    assert p.post("/api/models/wide/download").status == 202
+    transfer(p, "complete", model="wide")
+    assert "wide" in repos_of(p, "spark2")["org/wide"]["models"] and repos_of(p, "spark2")["org/wide"]["complete"]
+    argv = json.loads((here / "rsync.log").read_text())["argv"]
+    assert argv[-2] == f"you@127.0.0.1:{rig.hub('spark1', 'org/wide')}/" and argv[-1] == f"{rig.hub('spark2', 'org/wide')}/"
 
 
 @pytest.mark.parametrize("fault, code", [("missing", "rsync_missing"), ("hostkey", "copy_refused"), ("denied", "copy_refused")])
