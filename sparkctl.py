@@ -30,7 +30,8 @@ Contents (each section uses only names from the sections above it; a test proves
 Threads: the main thread waits for a signal; `accept` takes connections, one thread each; `swap` performs the
 running swap, alone, with a short-lived pool for Sparks asked at once; `lease` ends the lock on time; `jobs` starts
 what is due, in a thread `job` each; `webhook` delivers, one a receiver; `config` re-reads the YAML files; `spark-NAME`
-and `slot-NAME` poll, one each, so that a dead Spark delays only itself; `follow` reads an engine's log during a swap.
+and `slot-NAME` poll, one each, so that a dead Spark delays only itself; `weights-NAME` looks after the transfer that begins
+at that Spark; `follow` reads an engine's log during a swap.
 Locks: Arbiter._lock guards the one decision who may start what, and is held until the journal has it; Hub.changed the
 version that long-polls wait on; Gate._cond the holding and counting of requests; Events._lock, SwapLog._lock and
 Register._lock a list and its file; Webhooks._lock deliveries and queues; Jobs._lock which jobs run; Monitor._lock what
@@ -1257,19 +1258,24 @@ def with_since(logs, since):
 
 # --- scripts; each is POSIX sh, runs on one Spark, and may be run twice without harm
 
-def launch_once_script(swap_id, command):
-    """Launch at most once; prints `since TIME` (the Spark's clock), then the launcher's output, and ends with its exit code."""
-    # Whoever makes the directory named after the swap launches; everybody waits. The launch runs in a session of its own
-    # with its output in that directory, so that neither a dropped ssh nor our own death stops it half-way.
+def begin_once(name, command):
+    """Shell text that begins command at most once, and sets $d: where its pid, its output (out) and at last its exit code (rc) are."""
+    # Whoever makes the directory of that name begins. The command runs in a session of its own with its output in that
+    # directory, so that neither a dropped ssh nor our own death stops it half-way.
     inner = f'echo $$ >"$1/pid"; ( {command}\n) >"$1/out" 2>&1 </dev/null; echo $? >"$1/tmp"; mv "$1/tmp" "$1/rc"'
-    return f"""d="$HOME/.cache/sparkctl/"{quote_arg(swap_id)}
+    return f"""d="$HOME/.cache/sparkctl/"{quote_arg(name)}
 mkdir -p "$HOME/.cache/sparkctl" || exit 70
 if mkdir "$d" 2>/dev/null; then
   find "$HOME/.cache/sparkctl" -mindepth 1 -maxdepth 1 -mtime +7 -exec rm -rf {{}} + 2>/dev/null
   date -u +%Y-%m-%dT%H:%M:%S.%NZ >"$d/since"
   $(command -v setsid) sh -c {quote_arg(inner)} sh "$d" </dev/null >/dev/null 2>&1 &
 fi
-i=0
+"""
+
+
+def launch_once_script(swap_id, command):
+    """Launch at most once; prints `since TIME` (the Spark's clock), then the launcher's output, and ends with its exit code."""
+    return begin_once(swap_id, command) + """i=0
 while [ ! -e "$d/rc" ]; do
   sleep 0.1; i=$((i+1))
   if [ $i -gt 30 ] && ! kill -0 "$(cat "$d/pid" 2>/dev/null)" 2>/dev/null && [ ! -e "$d/rc" ]; then
@@ -1283,10 +1289,11 @@ exit "$r"
 
 
 def end_launch_script(swap_id):
-    """End a launcher that is still at work for swap_id."""
+    """End what begin_once began under that name, if it is still at work."""
     return f"""d="$HOME/.cache/sparkctl/"{quote_arg(swap_id)}
 p=$(cat "$d/pid" 2>/dev/null)
-if [ -n "$p" ] && [ ! -e "$d/rc" ]; then kill -TERM -- "-$p" 2>/dev/null || kill -TERM "$p" 2>/dev/null; sleep 0.3; kill -KILL -- "-$p" 2>/dev/null; fi
+[ -n "$p" ] && [ ! -e "$d/rc" ] || exit 0
+kill -s TERM -- "-$p" 2>/dev/null || kill -s TERM "$p" 2>/dev/null; sleep 0.3; kill -s KILL -- "-$p" 2>/dev/null
 exit 0
 """
 
@@ -1361,16 +1368,40 @@ timeout 5 docker ps --format 'container {{.ID}} {{.Names}}' 2>/dev/null"""
 # systemd removes the shared memory of a user who is no system user and has no session any more (logind.conf(5), RemoveIPC).
 SESSION_TRAP = """[ "$(id -u)" -lt 1000 ] || [ -e "/var/lib/systemd/linger/$(id -un)" ] || timeout 5 busctl get-property org.freedesktop.login1 \\
   /org/freedesktop/login1 org.freedesktop.login1.Manager RemoveIPC 2>/dev/null | sed -n 's/^b true/removes_ipc yes/p'"""
-# vLLM loads the files of the index, else all of one kind at the top (model_executor/model_loader/default_loader.py).
-WEIGHTS_FACTS = r"""if [ -n "$s" ] && [ -d "$s" ]; then
-  printf 'weights %s\nreal %s\n' "$s" "$(readlink -f "$s")"; [ -e "$s/config.json" ] || echo weights_missing config.json
-  x="$s/model.safetensors.index.json"; [ -e "$x" ] || x=$(ls "$s"/*.index.json 2>/dev/null | head -n 1)
-  if [ -n "$x" ]; then f=$(grep -oE '"[^"/]+\.(safetensors|bin)"' "$x" | sort -u | tr -d '"'); else
-    for e in safetensors bin gguf pt pth; do f=$(ls "$s" | grep "\.$e$"); [ -z "$f" ] || break; done; fi
-  [ -n "$f" ] || echo weights_missing weights
-  printf '%s\n' "$f" | while read -r n; do [ -z "$n" ] || [ -e "$s/$n" ] || printf 'weights_missing %s\n' "$n"; done
-  echo weights_kb $(cd "$s" && printf '%s\n' "$f" | tr '\n' '\0' | xargs -0 du -cLk 2>/dev/null | tail -n 1 | cut -f 1)
-fi"""
+# Sets $h to the Hugging Face cache, as huggingface_hub's constants.py finds it.
+HUB = "h=${HF_HUB_CACHE:-${HF_HOME:-$HOME/.cache/huggingface}/hub}\n"
+# A shell function: `snapshot REPO` sets $s to the directory of files that a load of the repo would read.
+SNAPSHOT = """snapshot() {
+  s=$1/snapshots/$(head -c 100 "$1/refs/main" 2>/dev/null); [ -e "$s/config.json" ] || s=$(ls -td "$1"/snapshots/*/ 2>/dev/null | head -n 1)
+}
+"""
+# A shell function: `loaded SNAPSHOT` prints the names of the files that vLLM loads: those of the index, else all of one kind
+# (vllm/model_executor/model_loader/default_loader.py).
+WEIGHTS_LOADED = r"""loaded() {
+  x=$1/model.safetensors.index.json; [ -e "$x" ] || x=$(ls "$1"/*.index.json 2>/dev/null | head -n 1)
+  if [ -n "$x" ]; then grep -oE '"[^"]+\.(safetensors|bin)"' "$x" | tr -d '"' | sort -u
+  else for e in safetensors bin gguf pt pth; do ls "$1" 2>/dev/null | grep "\.$e$" && break; done; fi
+}
+"""
+# A shell function: `lacks SNAPSHOT [REPO]` prints `missing NAME` for all that keeps weights from being complete. An unfinished
+# file counts until its blob is there: a 2.x download leaves it behind when it is killed, and takes another name the next time.
+# A name never stands in a line as it is: what no file of a repo needs becomes `?`, and every line has its prefix.
+WEIGHTS_COMPLETE = WEIGHTS_LOADED + r"""lacks() {
+  { ls "$1" 2>/dev/null | grep -qE '^(config|params)\.json$|\.gguf$' || echo config.json
+    [ -n "$(loaded "$1")" ] || echo weights
+    loaded "$1" | while IFS= read -r f; do [ -e "$1/$f" ] || printf '%s\n' "$f"; done
+    ls "$1" 2>/dev/null | sed -nE 's/^(.*)-[0-9]+(-of-([0-9]+)\.(safetensors|bin|gguf))$/\3 \1-*\2/p' |
+      sort | uniq -c | awk '$1 < $2 + 0 {print $3}'
+    for f in "$1"/*; do [ -e "$f" ] || [ ! -L "$f" ] || printf '%s\n' "${f##*/}"; done
+    [ -z "$2" ] || for f in "$2"/blobs/*.incomplete; do b=${f##*/}; [ ! -e "$f" ] || [ -e "$2/blobs/${b%%.*}" ] || printf '%s\n' "$b"; done
+  } | LC_ALL=C tr -c 'A-Za-z0-9._*/\n-' '?' | cut -c 1-200 | sort -u | head -n 50 | sed 's/^/missing /'
+}
+"""
+
+
+def repo_dir(repo):
+    """The name of a repo's directory in the cache (huggingface_hub file_download.py, repo_folder_name)."""
+    return "models--" + repo.replace("/", "--")
 
 
 def facts_script(model, slot, config, head):
@@ -1399,13 +1430,11 @@ fi""")
 grep -oE -e '--[a-z][a-z-]+|dispatched in background' launch-cluster.sh | sort -u | sed 's/^/flag /'
 sed -n 's/^ *CONTAINER_NAME=/env_container /p' .env 2>/dev/null
 else echo launcher no; fi""")
-    if model and model.repo:
-        lines.append(f"""h=${{HF_HUB_CACHE:-${{HF_HOME:-$HOME/.cache/huggingface}}/hub}}; r=$h/{quote_arg('models--' + model.repo.replace('/', '--'))}
-s=$r/snapshots/$(cat "$r/refs/main" 2>/dev/null); [ -e "$s/config.json" ] || s=$(ls -td "$r"/snapshots/*/ 2>/dev/null | head -n 1)
-find "$r/blobs" -name '*.incomplete' -mtime -1 -exec echo weights_incomplete yes \\; 2>/dev/null | head -n 1""")
-    elif model:
-        lines.append(f"s={quote_arg(model.local_path)}")
-    return "\n".join([*lines, *([WEIGHTS_FACTS] if model else []), "exit 0", ""])
+    if model:
+        lines += [HUB, SNAPSHOT, WEIGHTS_COMPLETE, f"r=$h/{quote_arg(repo_dir(model.repo))}; snapshot \"$r\"" if model.repo else f"s={quote_arg(model.local_path)} r=",
+                  r"""if [ -n "$s" ] && [ -d "$s" ]; then printf 'weights %s\nreal %s\n' "$s" "$(readlink -f "$s")"; lacks "$s" "$r"
+echo weights_kb $(cd "$s" && loaded . | tr '\n' '\0' | xargs -0 -r du -cLk -- 2>/dev/null | tail -n 1 | cut -f 1); fi"""]
+    return "\n".join([*lines, "exit 0", ""])
 
 
 def parser_script(image, argv):
@@ -2102,8 +2131,8 @@ def check_weights(look):
             yield "fail", f"{source} is not on {host}", remedy
         elif look.model.local_path and not any(real.startswith(root.rstrip("/") + "/") for root in roots):
             yield "fail", f"{host}: {source} leads to {printable(real, 200)}, outside LOCAL_MODEL_ROOTS", "move the model, or add that root"
-        elif facts["weights_missing"] or facts["weights_incomplete"]:
-            missing = ", ".join(facts["weights_missing"][:3]) or "a file that is still being downloaded"
+        elif facts["missing"]:
+            missing = ", ".join([f for f in facts["missing"] if not f.endswith(".incomplete")][:3]) or "a file that is still being downloaded"
             yield "fail", f"{host} has {source} without {printable(missing, 200)}", "let the download finish, or download it again"
         else:
             good.append(host)
@@ -3795,7 +3824,444 @@ class Jobs:
 
 
 # === 11 weights ===============================================================
-# What is on the Sparks' disks.
+# What is on the Sparks' disks: list it, download, copy from Spark to Spark, delete. The work of a transfer is a process
+# of the Spark's own, begun at most once (begin_once); a thread of ours looks at it once a second, and so does the next
+# sparkctl after a restart. A Spark that does not answer meanwhile is waited for.
+
+
+def disk_script(repo="", local=()):
+    """A look at a Spark's cache, or at one repo of it, and at local models, ((key, path), …); lines for parse_disk. Changes nothing."""
+    # stat follows links: into blobs/, and from there into the store that huggingface_hub 2 shares between repos
+    rows = "\n".join(f"[ ! -d {p} ] || row local {quote_arg(key)} {p} {p}" for key, path in local for p in [quote_arg(path)])
+    return HUB + SNAPSHOT + WEIGHTS_COMPLETE + f"""row() {{
+  echo "$1 $(printf %s "$2" | tr -c 'A-Za-z0-9._-' '?')"; lacks "$4" "$3"
+  echo promised $(cat "$4"/*.index.json 2>/dev/null | grep -oE '"total_size": *[0-9]+' | grep -oE '[0-9]+$' | sort -n | tail -n 1)
+  find "$3/" \\( -type f -o -type l \\) -exec stat -L -c 'file %d %i %s %f %X %Y' {{}} + 2>/dev/null | sort -u
+}}
+LC_ALL=C p=$h; export LC_ALL
+while [ ! -d "$p" ]; do p=$(dirname "$p"); done
+stat -f -c 'disk %S %b %a' "$p"; echo "hub $(printf %s "$h" | tr -c 'A-Za-z0-9._/@+=-' '?')"
+for r in "$h"/{quote_arg(repo_dir(repo)) if repo else "models--*"}; do
+  [ ! -d "$r" ] || {{ snapshot "$r"; row repo "${{r##*/}}" "$r" "$s"; }}
+done
+{rows}
+exit 0
+"""
+
+
+def parse_disk(out):
+    """disk_script's output -> ({hub, total_bytes, free_bytes}, [row]); lines that do not fit are passed over.
+
+    A row has name (of the directory, with ? for what no repo's name has; a local model's key), local, missing, bytes,
+    promised (by the index; 0 = unknown), used and modified (Unix times), and files: {(device, inode): bytes}.
+    """
+    facts, rows = {"hub": "", "total_bytes": 0, "free_bytes": 0}, []
+    fits = functools.partial(re.fullmatch, flags=re.ASCII)
+    for line in out.splitlines():
+        kind, _, said = line.partition(" ")
+        row = rows[-1] if rows else None
+        if kind in ("repo", "local"):
+            rows.append({"name": printable(said, 300), "local": kind == "local", "missing": [], "files": {},
+                         **dict.fromkeys(("bytes", "promised", "largest", "used", "modified"), 0)})
+        elif kind == "hub":
+            facts["hub"] = printable(said)
+        elif kind == "disk" and (m := fits(r"(\d{1,9}) (\d{1,15}) (\d{1,15})", said)):
+            facts.update(total_bytes=int(m[1]) * int(m[2]), free_bytes=int(m[1]) * int(m[3]))
+        elif kind == "missing" and row:
+            row["missing"].append(printable(said, 200))
+        elif kind == "promised" and row and fits(r"\d{1,18}", said):
+            row["promised"] = int(said)
+        elif kind == "file" and row and (m := fits(r"(\d{1,20} \d{1,20}) (\d{1,18}) 8[0-9a-f]{3} (\d{1,10}) (\d{1,10})", said)):
+            size, used, modified = map(int, m.groups()[1:])         # 8…: a regular file
+            row["bytes"] += size - row["files"].get(m[1], 0)
+            row["files"][m[1]] = size
+            row["modified"] = max(row["modified"], modified)
+            if size >= row["largest"]:                              # the small ones are read by looks like this one
+                row.update(largest=size, used=used)
+    return facts, rows
+
+
+def shown_disk(facts, rows, models, in_use):
+    """What parse_disk found as /api/disk shows it. models: directory or key -> keys of the models that use it; in_use: such keys."""
+    owners = collections.Counter(f for row in rows for f in row["files"])
+    once = {f: n for row in rows for f, n in row["files"].items()}
+    return {**facts, "used_bytes": sum(once.values()), "repos": [
+        {"name": row["name"], "repo": None if row["local"] else row["name"][8:].replace("--", "/"), "local": row["local"],
+         "bytes": row["bytes"], "shared_bytes": sum(n for f, n in row["files"].items() if owners[f] > 1),
+         "complete": not row["missing"], "missing": row["missing"],
+         "used_at": utc(row["used"]) if row["used"] else None, "modified_at": utc(row["modified"]) if row["modified"] else None,
+         "models": (keys := models.get(row["name"], [])), "serving": bool(in_use & set(keys))}
+        for row in sorted(rows, key=lambda row: -row["bytes"])]}
+
+
+def weights_used_by(model, config, book, served):
+    """Why the weights of model must stay where they are, or "". served: slot -> names that its engine answers to."""
+    same = {m.key for m in config.models.values() if m.source == model.source}
+    named = re.compile(rf"(?<![\w./-]){re.escape(model.source)}(?![\w/-])")        # also as the draft of another model
+    for slot, plan in book.slots.items():
+        if plan.model in same or named.search(plan.launch):
+            return f"slot {slot} serves {plan.model}"
+    for slot, answers in served.items():
+        if any(name == model.source or (m := config.find(name)) and m.key in same for name in answers):
+            return f"slot {slot} serves {answers[0]}"
+    for s in filter(None, (book.running, book.waiting)):
+        plans = [p for p in (s.plan, s.previous) if p]
+        if {s.model, s.from_model, *(p.model for p in plans)} & same or any(named.search(p.launch) for p in plans):
+            return f"a swap on {s.slot} needs it ({s.phase})"
+    return ""
+
+
+# --- what a transfer runs on a Spark
+
+def download_command(repo, launch_dir):
+    """Shell text that downloads a repo into the cache, with the launcher's own script or with Hugging Face's program."""
+    # The token stays in the environment of that process: the Spark's own login, or the one the launcher gives containers.
+    # Without the shared store a repo is whole in its own directory, which can be copied and deleted.
+    q = quote_arg(repo)
+    return HUB + f"""l={quote_path(launch_dir)}
+export PATH="$HOME/.local/bin:$PATH" HF_HUB_CACHE="$h" HF_HUB_DISABLE_PROGRESS_BARS=1 HF_HUB_DISABLE_SHARED_BLOBS=1
+if [ -z "$HF_TOKEN" ] && [ ! -s "${{HF_TOKEN_PATH:-${{HF_HOME:-$HOME/.cache/huggingface}}/token}}" ]; then
+  t=$(sed -n "s/^ *CONTAINER_HF_TOKEN=[\\"']*\\(hf_[A-Za-z0-9_]*\\).*/\\1/p" "$l/.env" 2>/dev/null | tail -n 1)
+  [ -z "$t" ] || export HF_TOKEN="$t"
+fi
+if [ -x "$l/hf-download.sh" ] && command -v uvx >/dev/null; then exec "$l/hf-download.sh" {q}; fi
+for p in hf huggingface-cli; do command -v $p >/dev/null && exec $p download {q}; done
+echo "neither uvx nor hf is installed"; exit 127
+"""
+
+
+def copy_command(repo, far, hub, pull):
+    """Shell text that copies a repo to the cache `hub` of far (user@host), or with pull from there."""
+    # The slash after the directory matters: without it rsync takes a link into the shared store for a safe one, and
+    # would copy the link without what it leads to. Blobs come before snapshots, so half a copy never looks complete.
+    there, here = quote_arg(f"{far}:{hub}/{repo_dir(repo)}/"), f'"$h"/{quote_arg(repo_dir(repo))}/'
+    return HUB + f"""command -v rsync >/dev/null || {{ echo "rsync: not found"; exit 127; }}
+exec rsync -a --mkpath --copy-unsafe-links --partial-dir=.rsync-partial --exclude='*.incomplete' \\
+  -e 'ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10' {f"{there} {here}" if pull else f"{here} {there}"}
+"""
+
+
+def job_script(name, command):
+    """Begin command at most once; says `job running`, `job lost` or `job` and its exit code, and then how its output ends."""
+    # by its command line, since after a reboot the number may be another process's
+    lives = f'grep -qaF -e {quote_arg(name)} "/proc/$(cat "$d/pid" 2>/dev/null)/cmdline" 2>/dev/null'
+    return begin_once(name, command) + f"""i=0
+while [ ! -e "$d/rc" ] && ! {lives} && [ $i -lt 30 ]; do sleep 0.1; i=$((i+1)); done
+if [ -e "$d/rc" ]; then echo "job $(cat "$d/rc")"; elif [ $i -lt 30 ]; then echo job running; else echo job lost; fi
+tail -c 8000 "$d/out" 2>/dev/null
+exit 0
+"""
+
+
+def delete_script(repo):
+    """Remove a repo from the cache by Hugging Face's own program, or if it is whole in its own directory; says `freed BYTES`."""
+    # Files of the shared store belong to several repos: only hf knows which of them are needed no more.
+    r = quote_arg(repo_dir(repo))
+    return HUB + f"""r=$h/{r} PATH=$HOME/.local/bin:$PATH; export PATH
+[ -e "$r" ] || [ -L "$r" ] || {{ echo freed 0; exit 0; }}
+no() {{ echo "$*"; exit 3; }}
+[ "$(cd "$r" && pwd -P)" = "$(cd "$h" && pwd -P)/"{r} ] || no "$r is not a directory of its own in the cache; remove it by hand"
+[ -z "$(find "$r" -type d ! -writable | head -n 1)" ] || no "files there belong to another user: sudo chown -R \\"\\$USER\\" $r"
+used() {{ du -s -c -B1 "$r" "$h/blobs" 2>/dev/null | tail -n 1 | cut -f 1; }}
+b=$(used)
+hf cache rm --help >/dev/null 2>&1 && hf cache rm model/{quote_arg(repo)} --cache-dir "$h" --yes >/dev/null 2>&1
+if [ -e "$r" ]; then
+  [ -z "$(find "$r/blobs" -type l 2>/dev/null | head -n 1)" ] ||
+    no "its files are in the store shared by all repos: install hf there (pip install -U huggingface_hub) and delete again"
+  t=$h/.trash-$$-{r}; mv "$r" "$t" && rm -rf "$t" || no "could not be removed whole: see $t"
+fi
+a=$(used); echo "freed $((b - ${{a:-0}}))"
+"""
+
+
+TRANSFER_FAILURES = (   # before FATAL: (pattern, code, what happened, what to do); {at}: the Spark it ran on, {to}: the one that gets it
+    (r"(?i)repository ?not ?found|(?:Model|Repository) '[^']*' not found", "repo_not_found",
+     "Hugging Face has no such repo, or hides it from {at}", "mend repo in the catalog; if it is private, log in on {at}: hf auth login"),
+    (r"requires approval|gated repo", "gated_repo", "Hugging Face refuses access to the repo",
+     "accept the model's licence, and log in on {at}: hf auth login"),
+    (r"neither uvx nor hf|'uvx' command not found", "downloader_missing", "neither uvx nor hf is installed on {at}",
+     "install uv there: curl -LsSf https://astral.sh/uv/install.sh | sh"),
+    (r"rsync: (?:command )?not found", "rsync_missing", "rsync is not installed on {at} or {to}", "on both: sudo apt-get install -y rsync"),
+    (r"Host key verification failed|HOST IDENTIFICATION HAS CHANGED|Permission denied \((?!13)", "copy_refused",
+     "{at} may not log in where it copies to or from", "{at} and {to} must reach each other by ssh without a question: try it by hand"),
+    (r"\[Errno 13\]|Permission denied \(13\)", "not_writable", "files in the cache belong to another user",
+     "on {to}: sudo chown -R $USER ~/.cache/huggingface"),
+    (r"name resolution|Name or service not known|Network is unreachable|No route to host|Connection refused|ConnectError|"
+     r"ConnectionError|Max retries|offline mode", "no_network", "{at} does not reach what it copies from",
+     "mend its network and begin again: what is there is kept"))
+
+
+def transfer_failure(said, code, at, to):
+    """The end of a failed process's output and its exit code -> the error that people see."""
+    lines = [printable(re.sub(r"hf_\w{6,}", "hf_***", line), 400) for line in said.splitlines() if line.strip()][-20:]
+    fatal = min((s for s in map(classify_log_line, lines) if s.kind == "fatal"), key=lambda s: s.rank, default=None)
+    what = ("download_failed", f"it ended on {at} with exit code {code}", "see its last lines; begun again, it goes on with what is there")
+    if known := next((row[1:] for row in TRANSFER_FAILURES if re.search(row[0], said)), None):
+        what = [part.format(at=at, to=to) for part in known]
+    elif fatal:
+        what = fatal.code, fatal.text, fatal.remedy
+    return {**dict(zip(("code", "message", "remedy"), what)), "log_tail": lines}
+
+
+def parse_steps(rows):
+    require(rows, "must not be empty")
+    return [[choice("download", "copy", "delete")(kind), host_name(host), printable(cache)] for kind, host, cache in rows]
+
+
+# A transfer as transfers.json keeps it. steps: [[download | copy | delete, Spark that gets them, cache at the other end of
+# a copy], …]; attempt: of the step, since a process that was lost, in a reboot for one, is begun again.
+TRANSFER_NEEDS = {**dict.fromkeys(("id", "model", "source"), line_of(64)), "repo": validate_repo, "client": printable, "steps": parse_steps,
+                  "state": choice("running", "complete", "failed", "cancelled"),
+                  **dict.fromkeys(("step", "attempt", "total_bytes"), amount(0, 1 << 60, "a number"))}
+TRANSFER = {**TRANSFER_NEEDS, "started_at": moment, "ended_at": moment, "note": printable, "cancelling": boolean,
+            "error": functools.partial(expect, "mapping")}
+
+
+def on_hosts(t):
+    return {t["source"], *(host for _, host, _ in t["steps"])}
+
+
+def job_of(t):
+    """The name of what runs on the Spark now for a transfer."""
+    return f"{t['id']}-{t['step']}-{t['attempt']}"
+
+
+class Transfers:
+    """What moves and removes weights. For each Spark a thread `weights-NAME` looks at the transfer that it is the source of."""
+
+    KEEP, ATTEMPTS, LOOK_S = 20, 5, 60                      # transfers that are over; tries of a step; limit of one remote call
+    LINE_LOST = ("10", "12", "20", "30", "35", "255")       # rsync's exit codes for a lost connection, and ssh's (rsync(1), EXIT VALUES)
+    NOTHING = {"bytes": 0, "bytes_per_second": 0, "eta_seconds": None, "waits_for": ""}
+
+    def __init__(self, register, config, hosts, hub, events):
+        self.register, self._config, self._hosts, self._hub, self._events = register, config, hosts, hub, events
+        self._now = {}      # Spark -> (job, how far it is: see NOTHING), replaced whole by the Spark's thread
+        self._seen = {name: collections.deque(maxlen=30) for name in hosts.sparks}      # (job, when, bytes), of that thread alone
+        self._closing = threading.Event()
+
+    def start(self):
+        for t in self.running():                # what we cannot go on with
+            if t["steps"][0][0] == "delete" or t["step"] not in range(len(t["steps"])) or not on_hosts(t) <= self._hosts.sparks.keys():
+                why = "sparkctl was stopped, or a Spark is no longer configured"
+                self._end(t, "failed", {"code": "interrupted", "message": why, "remedy": "begin again", "log_tail": []})
+        for name in self._hosts.sparks:
+            forever("weights-" + name, self._closing, functools.partial(self._work, name)).start()
+
+    def close(self):
+        """Stop looking, once the hub is woken; what runs on the Sparks goes on, and the next start looks again."""
+        self._closing.set()
+
+    def running(self):
+        return [t for t in self.register.entries.values() if t["state"] == "running"]
+
+    def shown(self, running=False):
+        """As the API shows them, newest first: those that run, or the last ten."""
+        for t in reversed(self.running() if running else list(self.register.entries.values())[-10:]):
+            kind, host, _ = t["steps"][min(int(t["step"]), len(t["steps"]) - 1)]
+            job, now = self._now.get(t["source"], ("", {}))
+            now = {**self.NOTHING, **(now if job == job_of(t) else {})}
+            done = now["bytes"] = t["total_bytes"] if t["state"] == "complete" else now["bytes"]
+            yield {**t, **now, "phase": kind, "host": host, "hosts": sorted(on_hosts(t)),
+                   "fraction": round(min(1.0, done / t["total_bytes"]), 4) if t["total_bytes"] else None}
+
+    # --- asking
+
+    def look(self, name, *what):
+        """One Spark's disk -> (facts, rows) of parse_disk. Raises Refused 502."""
+        got = self._hosts.run(name, disk_script(*what), self.LOOK_S)
+        if got.kind != "ok":
+            raise Refused(502, "spark_unreachable", f"{name}: {why_not(got)}", remedy=remedy_for(got, self._hosts.sparks[name]))
+        return parse_disk(got.out)
+
+    def disk(self, in_use):
+        """Every Spark's disk, and the last transfers; a Spark that does not answer costs its own row."""
+        models, users = self._config().models.values(), collections.defaultdict(list)
+        for m in models:
+            users[repo_dir(m.repo) if m.repo else m.key].append(m.key)
+        local = [(m.key, m.local_path) for m in models if m.local_path]
+
+        def row(name):
+            try:
+                return {"host": name, **shown_disk(*self.look(name, "", local), users, in_use)}
+            except Refused as e:
+                return {"host": name, "error": str(e), **e.details}
+        return {"hosts": list(self._hosts.each(self._hosts.sparks, row).values()), "transfers": list(self.shown())}
+
+    def _add(self, what, model, source, steps, client, must=True, **more):
+        """Take the Sparks for a transfer -> it. Raises Refused 409, 503."""
+        new = {"id": f"{what}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}", "model": model.key, "repo": model.repo,
+               "source": source, "steps": steps, "client": client, "started_at": utc(), "state": "running",
+               "step": 0, "attempt": 0, "total_bytes": 0, **more}
+
+        def put(old):                           # the register holds its lock, so of two that want a Spark one sees the other
+            for t in self.running():
+                shared = ", ".join(sorted(on_hosts(t) & on_hosts(new)))
+                if shared and (t["repo"] == model.repo or "delete" not in (what, t["steps"][0][0])):
+                    said = f"{t['model']}: a {t['steps'][t['step']][0]} is running on {shared}"
+                    raise Refused(409, "transfer_running", said, transfer=t["id"])
+            return new
+        for old in [t["id"] for t in self.register.entries.values() if t["state"] != "running"][:-self.KEEP]:
+            self._drop(old)
+        return self.register.change(new["id"], put, must)
+
+    def _caches(self, names):
+        """names, but of the Sparks that are this machine only one: they have one cache."""
+        return [name for name in names if name not in [n for n in names if self._hosts.sparks[n].local][1:]]
+
+    def begin(self, model, names, client):
+        """Bring the weights of model to the Sparks of those names -> its id, or None if all have them. Raises Refused 409, 502, 503."""
+        names = self._caches(names)
+        sparks, looks = self._hosts.sparks, self._hosts.each(names, lambda name: self.look(name, model.repo))
+        has = {name: rows[0]["bytes"] if rows else 0 for name, (_, rows) in looks.items()}
+        complete = [name for name in names if looks[name][1] and not looks[name][1][0]["missing"]]
+        source = [*complete, *names][0]
+        wanted = [name for name in names if name not in complete]
+        total = has[source] if complete else int(model.size_gb * GIB)
+        steps = [["download" if name == source else "copy", name, looks[source if sparks[name].local else name][0]["hub"]]
+                 for name in wanted]
+        for kind, name, cache in steps:
+            wants, free = (n / GIB for n in (total - has[name], looks[name][0]["free_bytes"]))
+            if free < wants:
+                said = f"{model.key} needs {wants:.1f} GB on {name}, and {free:.1f} GB are free: delete models that are not needed"
+                raise Refused(409, "disk_full", said, host=name, needed_gb=round(wants, 1), free_gb=round(free, 1))
+            if kind == "copy" and not re.fullmatch(r"/[\w./@+=-]+", cache, re.ASCII):
+                raise Refused(409, "odd_cache", f"{cache} has characters that rsync's other side would not take; name one Spark at a time")
+        if not wanted:
+            return None
+        note = "" if total else "its size is not known, so free space was not checked"
+        t = self._add("download", model, source, steps, client, total_bytes=total, note=note)
+        said = f"{client} asked for {model.key} on {', '.join(wanted)}"
+        self._events("download_started", said, transfer=t["id"], model=model.key, client=client)
+        return t["id"]
+
+    def cancel(self, key, client):
+        """End the running transfers of a model; told again, also where a Spark does not answer -> their ids. Raises Refused 404."""
+        mine = [t for t in self.running() if t["model"] == key and t["steps"][0][0] != "delete"]
+        if not mine:
+            raise Refused(404, "no_transfer", f"no transfer of {key} is running")
+        for t in mine:
+            if t.get("cancelling"):
+                self._end(t, "cancelled")
+            else:
+                self._set(t, cancelling=True, note=f"{client} cancelled it")
+        return [t["id"] for t in mine]
+
+    def delete(self, model, names, client):
+        """Remove model's repo from the Sparks of those names -> [{host, freed_bytes}]. Raises Refused 409, 502 with what came of each."""
+        def remove(name):
+            got = self._hosts.run(name, delete_script(model.repo), 600)
+            said = printable((got.out.strip().splitlines() or [""])[-1], 300)
+            if got.kind == "ok" and (m := re.fullmatch(r"freed (-?[0-9]{1,18})", said)):
+                return {"host": name, "freed_bytes": max(0, int(m[1]))}
+            why = said if got.reached and said else why_not(got)
+            return {"host": name, "freed_bytes": 0, "error": why, "remedy": remedy_for(got, self._hosts.sparks[name])}
+        names = self._caches(names)
+        # a full disk of ours is no reason not to make room
+        t = self._add("delete", model, names[0], [["delete", name, ""] for name in names], client, must=False)
+        try:
+            rows = list(self._hosts.each(names, remove).values())
+        finally:
+            self._drop(t["id"])
+        bad, gone = [row for row in rows if "error" in row], [row["host"] for row in rows if "error" not in row]
+        if gone:
+            said = f"{client} deleted {model.repo} on {', '.join(gone)}: {sum(row['freed_bytes'] for row in rows) / GIB:.1f} GB"
+            self._events("weights_deleted", said, model=model.key, client=client)
+        if bad:
+            raise Refused(502, "delete_failed", "; ".join(f"{row['host']}: {row['error']}" for row in bad), hosts=rows)
+        return rows
+
+    # --- acting
+
+    def _set(self, t, **facts):
+        """Change t, unless it is over by now, and keep it."""
+        with contextlib.suppress(Refused):      # or forgotten
+            self.register.change(t["id"], lambda now: now and {**now, **(facts if now["state"] == "running" else {})}, must=False)
+
+    def _drop(self, id_):
+        with contextlib.suppress(Refused):
+            self.register.change(id_, lambda t: None, must=False)
+
+    def _end(self, t, state, error=None):
+        """The transfer is over: tell, unless somebody did."""
+        if t["id"] not in [now["id"] for now in self.running()]:
+            return
+        names_ = ", ".join(host for _, host, _ in t["steps"])
+        said = {"complete": f"{t['model']} is on {names_}", "cancelled": f"the transfer of {t['model']} was cancelled",
+                "failed": f"{t['model']} did not get to {names_}: {(error or {}).get('message')}"}[state]
+        self._set(t, state=state, ended_at=utc(), **({"error": error} if error else {}))
+        self._events("download_" + state, said, transfer=t["id"], model=t["model"], client=t["client"])
+
+    def _work(self, name):
+        """What the thread of a Spark does again and again: one look at its transfer, or wait for one."""
+        mine = lambda: next((t for t in self.running() if t["source"] == name and t["steps"][0][0] != "delete"), None)
+        if self._hub.wait_for(lambda: self._closing.is_set() or mine(), 60) and (t := mine()):
+            with contextlib.suppress(Cancelled):
+                self._closing.wait(self._look(t))
+
+    def _look(self, t):
+        """One look at the running step of t; tells how many seconds later to look again. Raises Cancelled when we close."""
+        (kind, host, cache), sparks, cancelling = t["steps"][t["step"]], self._hosts.sparks, t.get("cancelling")
+        pull = kind == "copy" and sparks[host].local
+        at, far = host if kind == "download" or pull else t["source"], sparks[t["source"] if pull else host]
+        address = self._hosts.address(far.name)
+        login = (f"{far.user}@" if far.user else "") + (f"[{address}]" if ":" in address else address)
+        command = copy_command(t["repo"], login, cache, pull)
+        if kind == "download":
+            command = download_command(t["repo"], self._config().settings["LAUNCH_DIR"])
+        script = end_launch_script(job_of(t)) if cancelling else job_script(job_of(t), command)
+        got = self._hosts.run(at, script, self.LOOK_S, self._closing)
+        try:
+            if not got.reached:
+                raise Refused(502, "spark_unreachable", f"{at}: {why_not(got)}")
+            rows = [] if cancelling else self.look(host, t["repo"])[1]      # after the job's word: done means that all is there
+        except Refused as e:
+            self._tell(t, waits_for=str(e), bytes_per_second=0, eta_seconds=None)
+            return 3
+        word = re.search(r"^job (running|lost|[0-9]{1,3})$", got.out, re.M)     # a login shell may have had its say before
+        first, said = (word[1], got.out[word.end():]) if word else (str(got.code), got.err)
+        row = rows[0] if rows else {"bytes": 0, "promised": 0, "missing": ["any file"]}
+        if cancelling:
+            self._end(t, "cancelled")
+        elif first == "running":
+            self._measured(t, row["bytes"], kind == "download" and row["promised"] or t["total_bytes"])
+        elif first != "0":
+            error = transfer_failure(said, first, at, host)
+            again = first == "lost" or kind == "copy" and first in self.LINE_LOST and error["code"] in ("download_failed", "no_network")
+            if again and t["attempt"] + 1 < self.ATTEMPTS:
+                self._set(t, attempt=t["attempt"] + 1, note=f"was interrupted on {at}, and goes on with what is there")
+                return 3
+            self._end(t, "failed", error)
+        elif row["missing"]:
+            message = f"the download said that it was done, and {host} is without {', '.join(row['missing'][:3])}"
+            self._end(t, "failed", {**transfer_failure(said, first, at, host), "code": "incomplete", "message": message})
+        elif t["step"] + 1 < len(t["steps"]):
+            self._set(t, step=t["step"] + 1, attempt=0, total_bytes=row["bytes"])
+        else:
+            self._set(t, total_bytes=row["bytes"])
+            self._end(t, "complete")
+        return 1
+
+    def _tell(self, t, **facts):
+        """Publish how far t is; long-polls wake when a person would see the difference."""
+        job, old = self._now.get(t["source"], ("", {}))
+        new = {**self.NOTHING, **(old if job == job_of(t) else {}), **facts}
+        unit = t["total_bytes"] // 100 or 100 << 20
+        self._now[t["source"]] = job_of(t), new
+        if job != job_of(t) or (old["bytes"] // unit, old["waits_for"]) != (new["bytes"] // unit, new["waits_for"]):
+            self._hub.bump()
+
+    def _measured(self, t, done, total):
+        """Tell how much of the running step is there, and how fast it grows."""
+        seen = self._seen[t["source"]]
+        if seen and seen[-1][0] != job_of(t):
+            seen.clear()
+        seen.append((job_of(t), time.monotonic(), done))
+        seconds, grown = seen[-1][1] - seen[0][1], done - seen[0][2]
+        rate = max(0.0, grown / seconds) if seconds else 0.0
+        if total != t["total_bytes"]:
+            self._set(t, total_bytes=total)
+        eta = round((total - done) / rate, 1) if rate and total > done else None
+        self._tell(t, waits_for="", bytes=done, bytes_per_second=round(rate), eta_seconds=eta)
 
 
 # === 12 monitor ===============================================================
@@ -4301,11 +4767,13 @@ class App:
         self.monitor.manager = self.swaps
         self.webhooks = Webhooks(lambda: store.current.settings, self.hub)
         self.events.listeners.append(self.webhooks.tell)
-        jobs, schedules = (Register(os.path.join(data_dir, f"{what}s.json"), what, fields, required, self.hub, self.warnings.append)
-                           for what, fields, *required in (("job", JOB | JOB_STATE, "kind", "cron", "due", "runs"),
-                                                           ("schedule", SCHEDULE, "registered_at")))
+        jobs, schedules, transfers = (Register(os.path.join(data_dir, f"{what}s.json"), what, fields, required, self.hub, self.warnings.append)
+                                      for what, fields, *required in (("job", JOB | JOB_STATE, "kind", "cron", "due", "runs"),
+                                                                      ("schedule", SCHEDULE, "registered_at"),
+                                                                      ("transfer", TRANSFER, *TRANSFER_NEEDS)))
         self.jobs = Jobs(jobs, {kind: functools.partial(run, self) for kind, run in JOB_ACTIONS.items()}, self.events.add)
         self.schedules = Schedules(schedules, jobs)
+        self.transfers = Transfers(transfers, lambda: store.current, self.hosts, self.hub, self.events.add)
         self.closing = threading.Event()
         self._parked = threading.BoundedSemaphore(PARKED_MAX)
         for warning in self.warnings:           # what was lost is not only shown until the next start
@@ -4322,9 +4790,11 @@ class App:
         self.swaps.begin()
         self.monitor.start()
         self.jobs.start()
+        self.transfers.start()
 
     def close(self):
         self.jobs.close()
+        self.transfers.close()
         self.closing.set()
         self.hub.bump()                         # parked long-polls answer now
         self.monitor.close()
@@ -4373,6 +4843,7 @@ class App:
                              for s in self.services(config).values()],
                 "swap": running and running.public(), "last": next((s.public() for s in recent if not s.dry_run), None),
                 "lock": self.swaps.lock_info(), "schedules": schedules, "conflicts": conflicts, "jobs": self.jobs.shown(),
+                "transfers": list(self.transfers.shown(running=True)),
                 "events": self.events.since(0, 50), "settings": config.settings.public()}
 
     @contextlib.contextmanager
@@ -4709,6 +5180,45 @@ def stream_swap(app, r):
     return 200, app.parking()(run)
 
 
+def repo_model(app, key):
+    """The model of that key, if its weights come from Hugging Face. Raises Refused 404, 409."""
+    model = entry_of(app.store.current.models, "model", key)
+    if model.local_path:
+        raise Refused(409, "local_model", f"{key} is a directory of yours ({model.local_path}): sparkctl neither downloads nor deletes it")
+    return model
+
+
+def get_disk(app, r):
+    config, served = app.store.current, app.views()
+    with app.parking():                         # a look takes a while: not more of them than places to wait
+        return 200, app.transfers.disk({m.key for m in config.models.values() if weights_used_by(m, config, app.swaps.book, served)})
+
+
+def post_download(app, r):
+    model, sparks = repo_model(app, r.args["key"]), app.store.sparks
+    slot = pick_slot(app.store.current, None)
+    needs = slot.hosts if model.mode == "cluster" else slot.hosts[:1]
+    names_ = [entry_of(sparks, "spark", name).name for name in r.json.get("hosts", needs)]
+    with app.parking():
+        id_ = app.transfers.begin(model, names_, r.client)
+    if not id_:
+        return 200, {"model": model.key, "hosts": names_, "state": "complete", "note": "nothing to do: the weights are there"}
+    return 202, next(t for t in app.transfers.shown() if t["id"] == id_)
+
+
+def delete_disk(app, r):
+    model, config = repo_model(app, r.args["key"]), app.store.current
+    names_ = [entry_of(config.sparks, "spark", r.query["host"]).name] if "host" in r.query else list(config.sparks)
+    served = {name: app.serves(slot) for name, slot in config.layout.slots.items()}
+    if why := weights_used_by(model, config, app.swaps.book, served):
+        raise Refused(409, "model_serving", f"the weights of {model.key} are in use: {why}")
+    others = [m.key for m in config.models.values() if m.repo == model.repo and m.key != model.key]
+    if others and not r.query.get("force"):
+        raise Refused(409, "repo_shared", f"{', '.join(others)} needs {model.repo} too; force=true deletes it all the same", models=others)
+    app.swaps.permit(**right_of(r), what=f"deleting the weights of {model.key}")
+    return 200, {"model": model.key, "repo": model.repo, "hosts": app.transfers.delete(model, names_, r.client)}
+
+
 def get_v1_models(app, r):
     find = app.store.current.find
     return 200, {"object": "list", "data": [
@@ -4734,6 +5244,14 @@ LOCK_BODY = {"holder": line_of(100), "ttl": amount(1, LEASE_MAX_S, "seconds"), "
 SWAP_BODY = {"model": line_of(200), "slot": line_of(64), "dry_run": boolean, "rollback": boolean, "restart": boolean,
              "skip_checks": lambda value: tuple(map(choice(*list(CHECKS)[1:]), expect("list", value))), "note": line_of(500),
              "lock": lambda value: checked(expect("mapping", value), LOCK_BODY, "lock")}
+
+
+def spark_names(value):
+    """A list of different names of Sparks, not empty."""
+    require(expect("list", value) and len(set(map(str, value))) == len(value), "must name different Sparks")
+    return list(map(line_of(64), value))
+
+
 ROUTES = (
     Route("GET",    "/",                     get_page, open=True),
     Route("GET",    "/healthz",              lambda app, r: (200, {"status": "ok", "version": VERSION}), open=True),
@@ -4759,6 +5277,10 @@ ROUTES = (
     Route("GET",    "/api/jobs",             lambda app, r: (200, {"jobs": app.jobs.shown()})),
     Route("POST",   "/api/jobs",             post_job, {}, JOB),
     Route("DELETE", "/api/jobs/{id}",        lambda app, r: app.drop_entry(r, "job", app.jobs)),
+    Route("GET",    "/api/disk",             get_disk),
+    Route("POST",   "/api/models/{key}/download", post_download, {}, {"hosts": spark_names}),
+    Route("DELETE", "/api/models/{key}/download", lambda app, r: (202, {"cancelled": app.transfers.cancel(r.args["key"], r.client)})),
+    Route("DELETE", "/api/models/{key}/disk", delete_disk, {"host": line_of(64)} | FORCE),
     Route("GET",    "/api/webhooks",         get_webhooks),
     Route("POST",   "/api/webhooks/test",    post_webhook_test),
     Route("POST",   "/api/services/{name}/restart",

@@ -1393,6 +1393,357 @@ def test_fifty_random_kills_resurrect_and_lose_nothing(two, seed):
 
 # === 11 weights ===============================================================
 
+TOKEN = "hf_sEcReT0123456789abcdef"
+
+
+@pytest.fixture
+def store(two, tmp_path):
+    """`two`, with the models new (solo) and newwide (cluster), which Hugging Face has and no Spark."""
+    (tmp_path / "models.yaml").write_text((tmp_path / "models.yaml").read_text() + """
+  new: {repo: org/new}
+  newwide: {repo: org/newwide, mode: cluster, size_gb: 0.0002}
+  twin: {repo: org/beta}
+""")
+    for repo in ("org/new", "org/newwide"):
+        two.rig.publish(repo)
+    until(lambda: two.get("/api/models/newwide").status == 200)
+    return two
+
+
+def slow(program, seconds=0.1):
+    for name in program.rig.sparks:
+        program.rig.control(name, "hf_pause", seconds)
+        program.rig.control(name, "rsync_pause", seconds)
+
+
+def transfer(program, *states, model="new", seconds=30, **facts):
+    """Wait until the last transfer of the model is in one of these states, and as the facts say -> it."""
+    def found():
+        rows = program.get("/api/state").json["transfers"]         # which is cheap; those that are over are told by the disks
+        rows = rows if "running" in states else [] if any(t["model"] == model for t in rows) else program.get("/api/disk").json["transfers"]
+        t = next((t for t in rows if t["model"] == model), None)
+        return t and t["state"] in states and all(t[k] == v for k, v in facts.items()) and t
+    return until(found, seconds, f"a transfer of {model} that is {states} {facts}")
+
+
+def disk_of(program, spark="spark1"):
+    return next(h for h in program.get("/api/disk").json["hosts"] if h["host"] == spark)
+
+
+def repos_of(program, spark="spark1"):
+    return {row["repo"] or row["name"]: row for row in disk_of(program, spark)["repos"]}
+
+
+def downloads(program, spark="spark1"):
+    path = program.rig.spark(spark) / "hf.log"
+    return [c for c in map(json.loads, path.read_text().splitlines() if path.exists() else []) if c["argv"][:1] == ["download"]]
+
+
+def test_a_download_gets_to_both_sparks_and_its_progress_is_seen(store):
+    slow(store, 0.15)
+    r = store.post("/api/models/newwide/download")
+    assert r.status == 202 and r.json["state"] == "running" and r.json["hosts"] == ["spark1", "spark2"]
+    seen, now, version = [], {}, store.get("/api/state").json["version"]
+    while not seen or now["transfers"]:
+        now = store.get(f"/api/state?since={version}&wait=10").json
+        version = now["version"]
+        seen += [(t["phase"], t["host"], t["bytes"], t["bytes_per_second"], t["eta_seconds"]) for t in now["transfers"]]
+    t = transfer(store, "complete", model="newwide")
+    assert {s[:2] for s in seen} == {("download", "spark1"), ("copy", "spark2")}
+    for phase in ("download", "copy"):
+        part = [s for s in seen if s[0] == phase]
+        assert 0 < part[-1][2] <= t["total_bytes"] + 1000 and any(s[3] > 0 and s[4] for s in part) and len({s[2] for s in part}) > 1, seen
+    for spark in store.rig.sparks:
+        row = repos_of(store, spark)["org/newwide"]
+        assert row["complete"] and row["models"] == ["newwide"] and row["bytes"] == t["bytes"] > 200_000
+    call, = downloads(store)
+    assert call["env"]["HF_HUB_DISABLE_SHARED_BLOBS"] == "1" and not downloads(store, "spark2") and call["program"] == "uvx"
+    assert kinds(store)[:2] == ["download_complete", "download_started"] and "127.0.0.1" in store.get("/api/events").json["events"][1]["text"]
+    again = store.post("/api/models/newwide/download")
+    assert again.status == 200 and "nothing to do" in again.json["note"] and len(downloads(store)) == 1
+    assert store.swap("newwide").status == 200
+
+
+def test_a_cancelled_download_ends_on_the_spark_and_can_be_begun_again(store):
+    slow(store, 0.3)
+    store.post("/api/models/new/download")
+    until(lambda: list(store.rig.hub("spark1", "org/new").glob("blobs/*.incomplete")))
+    assert store.call("DELETE", "/api/models/new/download").status == 202
+    t = transfer(store, "cancelled")
+    pid, = (c["pid"] for c in downloads(store))
+    until(lambda: not alive(pid))
+    assert list(store.rig.hub("spark1", "org/new").glob("blobs/*.incomplete")) and not repos_of(store)["org/new"]["complete"]
+    assert "cancelled it" in t["note"] and store.call("DELETE", "/api/models/new/download").code == "no_transfer"
+    slow(store, 0)
+    store.post("/api/models/new/download")
+    transfer(store, "complete")
+    assert repos_of(store)["org/new"]["complete"]       # although what the first one left is still there
+    assert list(store.rig.hub("spark1", "org/new").glob("blobs/*.incomplete"))
+
+
+@pytest.mark.parametrize("phase", ["download", "copy"])
+def test_a_restart_in_the_middle_of_a_transfer_goes_on_with_it_and_begins_nothing_twice(store, phase):
+    slow(store, 0.1)
+    store.post("/api/models/newwide/download")
+    transfer(store, "running", model="newwide", phase=phase)
+    until(lambda: disk_of(store, "spark1" if phase == "download" else "spark2")["repos"][0]["repo"] == "org/newwide")
+    store.restart()
+    assert store.get("/api/state").json["transfers"][0]["model"] == "newwide"
+    transfer(store, "complete", model="newwide")
+    copies = (store.rig.spark("spark1") / "rsync.log").read_text().splitlines()
+    assert len(downloads(store)) == len(copies) == 1 and repos_of(store, "spark2")["org/newwide"]["complete"]
+
+
+def test_a_spark_that_goes_away_meanwhile_is_waited_for(store):
+    slow(store, 0.15)
+    store.post("/api/models/new/download")
+    until(lambda: downloads(store))
+    store.rig.control("spark1", "down")
+    t = transfer(store, "running", seconds=20)
+    until(lambda: "spark1" in store.get("/api/state").json["transfers"][0]["waits_for"])
+    row = disk_of(store)
+    assert "unreachable" in row["error"] and row["remedy"] and "repos" not in row and disk_of(store, "spark2")["repos"]
+    store.rig.clear("spark1", "down")
+    assert transfer(store, "complete")["id"] == t["id"] and len(downloads(store)) == 1
+
+
+def test_a_cancel_waits_for_its_spark_and_told_again_it_does_not(store):
+    slow(store, 0.3)
+    store.post("/api/models/new/download")
+    until(lambda: downloads(store))
+    store.rig.control("spark1", "down")
+    assert store.call("DELETE", "/api/models/new/download").status == 202
+    until(lambda: "spark1" in store.get("/api/state").json["transfers"][0]["waits_for"])
+    assert store.get("/api/state").json["transfers"][0]["cancelling"]
+    assert store.call("DELETE", "/api/models/new/download").status == 202 and not store.get("/api/state").json["transfers"]
+    store.rig.clear("spark1", "down")
+    assert transfer(store, "cancelled")["note"] == "127.0.0.1 cancelled it" and kinds(store).count("download_cancelled") == 1
+
+
+def test_a_download_whose_process_is_gone_is_begun_again(store):
+    slow(store, 0.2)
+    store.post("/api/models/new/download")
+    until(lambda: downloads(store))
+    pid = downloads(store)[0]["pid"]
+    os.killpg(os.getpgid(pid), signal.SIGKILL)      # as a reboot would
+    slow(store, 0)
+    t = transfer(store, "complete")
+    assert t["attempt"] == 0 or "interrupted" in t["note"]
+    assert len(downloads(store)) == 2
+
+
+@pytest.mark.parametrize("fault, code, said", [
+    ("gated", "gated_repo", "refuses access"), ("unknown", "repo_not_found", "no such repo"), ("network", "no_network", "spark1 does not reach"),
+    ("disk", "disk_full", "disk is full"), ("short", "incomplete", "without model-"), ("uvx", "downloader_missing", "uvx"), ("flood", "gated_repo", "refuses access")])
+def test_a_download_that_fails_says_why_in_an_operators_words(store, fault, code, said):
+    rig = store.rig
+    if fault in ("gated", "flood"):
+        rig.publish("org/new", gated=TOKEN + "x")
+    if fault == "unknown":
+        (rig.root / "hub.json").unlink()
+    if fault == "uvx":
+        rig.tool("spark1", "uvx", "")
+    rig.control("spark1", "hf_fail", fault)
+    with (rig.spark("spark1") / "home/spark-vllm-docker/.env").open("a") as f:
+        f.write(f'CONTAINER_HF_TOKEN="{TOKEN}"\n')
+    store.post("/api/models/new/download")
+    error = transfer(store, "failed")["error"]
+    assert error["code"] == code and said in error["message"] and error["remedy"] and error["log_tail"], error
+    assert "\u202e" not in json.dumps(error, ensure_ascii=False) and len(error["log_tail"]) <= 20
+    assert TOKEN not in json.dumps(store.get("/api/disk").json) and kinds(store)[0] == "download_failed"
+
+
+def test_the_token_reaches_the_program_and_nothing_else(store, tmp_path):
+    rig = store.rig
+    rig.publish("org/new", gated=TOKEN)
+    slow(store, 0.15)
+    with (rig.spark("spark1") / "home/spark-vllm-docker/.env").open("a") as f:
+        f.write(f"CONTAINER_HF_TOKEN='{TOKEN}'\n")
+    store.post("/api/models/new/download")
+    until(lambda: downloads(store))
+    for pid in rig._processes(f"RIG_ROOT={rig.root}"):
+        with contextlib.suppress(OSError):
+            assert TOKEN.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    transfer(store, "complete")
+    assert downloads(store)[0]["token"] == TOKEN
+    shown = store.get("/api/disk").body + store.get("/api/events").body + store.get("/api/state").body
+    files = [p.read_bytes() for p in (store.data / "transfers.json", tmp_path / "sparkctl.log", rig.root / "ssh.log")]
+    assert TOKEN.encode() not in b"".join([shown, *files])
+    own = rig.spark("spark1") / "home/.cache/huggingface/token"     # the Spark's own login comes first
+    own.write_text("hf_own")
+    rig.publish("org/beta", gated="hf_own")
+    shutil.rmtree(rig.hub("spark1", "org/beta"))
+    store.post("/api/models/beta/download")
+    transfer(store, "complete", model="beta")
+    assert downloads(store)[1]["token"] == "hf_own"
+
+
+def test_without_uvx_hf_downloads_and_a_program_in_the_users_own_bin_is_found(store):
+    rig = store.rig
+    rig.tool("spark1", "uvx", "")
+    own = rig.spark("spark1") / "home/.local/bin"
+    own.mkdir(parents=True)
+    rig.tool("spark1", "../home/.local/bin/hf")
+    store.post("/api/models/new/download")
+    transfer(store, "complete")
+    assert downloads(store)[0]["program"] == "hf"
+
+
+def test_a_copy_takes_what_lies_in_the_shared_store_and_survives_a_lost_line(store):
+    rig = store.rig
+    shutil.rmtree(rig.hub("spark1", "org/wide"))
+    shutil.rmtree(rig.hub("spark2", "org/wide"))
+    rig.weights("spark1", "org/wide", size=5000, shared=True)
+    (rig.hub("spark1", "org/wide") / "blobs/left.0a1b2c3d.incomplete").touch()
+    os.rename(rig.hub("spark1", "org/wide") / "blobs/left.0a1b2c3d.incomplete", next(p for p in rig.hub("spark1", "org/wide").glob("blobs/*") if p.is_symlink()).as_posix() + ".0a1b2c3d.incomplete")
+    rig.control("spark1", "rsync_fail", "cut")
+    assert store.post("/api/models/wide/download").json["steps"] == [["copy", "spark2", str(rig.hub("spark2"))]]
+    t = transfer(store, "complete", model="wide")
+    assert t["attempt"] == 1 and "interrupted" in t["note"] and not downloads(store)
+    row = repos_of(store, "spark2")["org/wide"]
+    assert row["complete"] and row["bytes"] == t["bytes"] and row["shared_bytes"] == 0 and not list(rig.hub("spark2", "org/wide").rglob("*.incomplete"))
+
+
+def test_a_copy_to_this_machine_is_pulled_from_the_spark_that_has_it(rig, start, tmp_path):
+    here = rig.spark("spark2")
+    env = rig_env(rig, tmp_path, SPARK2_HOST="local", SPARK1_USER="you", HOME=str(here / "home"), RIG_ROOT=str(rig.root), RIG_SPARK="spark2",
+                  PATH=f"{here}/bin:{rig.bin}:{os.environ['PATH']}")
+    p = start(env, args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    shutil.rmtree(rig.hub("spark2", "org/wide"))
+    assert p.post("/api/models/wide/download").status == 202
+    transfer(p, "complete", model="wide")
+    assert "wide" in repos_of(p, "spark2")["org/wide"]["models"] and repos_of(p, "spark2")["org/wide"]["complete"]
+    argv = json.loads((here / "rsync.log").read_text())["argv"]
+    assert argv[-2] == f"you@127.0.0.1:{rig.hub('spark1', 'org/wide')}/" and argv[-1] == f"{rig.hub('spark2', 'org/wide')}/"
+
+
+@pytest.mark.parametrize("fault, code", [("missing", "rsync_missing"), ("hostkey", "copy_refused"), ("denied", "copy_refused")])
+def test_a_copy_that_cannot_be_says_what_to_do(store, fault, code):
+    shutil.rmtree(store.rig.hub("spark2", "org/wide"))
+    store.rig.control("spark1", "rsync_fail", fault)
+    store.post("/api/models/wide/download")
+    error = transfer(store, "failed", model="wide")["error"]
+    assert error["code"] == code and "spark2" in error["message"] + error["remedy"], error
+
+
+def test_one_transfer_a_spark_and_none_that_does_not_fit(store, tmp_path):
+    slow(store, 0.3)
+    first = store.post("/api/models/newwide/download").json
+    r = store.post("/api/models/new/download", {"hosts": ["spark2"]})
+    assert (r.status, r.code) == (409, "transfer_running") and r.json["error"]["transfer"] == first["id"] and "newwide" in r.json["error"]["message"]
+    assert store.call("DELETE", "/api/models/newwide/disk").code == "transfer_running"
+    store.call("DELETE", "/api/models/newwide/download")
+    transfer(store, "cancelled", model="newwide")
+    (tmp_path / "models.yaml").write_text((tmp_path / "models.yaml").read_text() + "  vast: {repo: org/vast, size_gb: 99999}\n")
+    until(lambda: store.get("/api/models/vast").status == 200)
+    r = store.post("/api/models/vast/download")
+    assert (r.status, r.code) == (409, "disk_full") and r.json["error"]["needed_gb"] == 99999 and 0 < r.json["error"]["free_gb"] < 99999
+    for path, body, status, code in (("nix", {}, 404, "unknown_model"), ("tuned", {}, 409, "local_model"), ("new", {"hosts": ["spark3"]}, 404, "unknown_spark"),
+                                     ("new", {"hosts": []}, 422, "bad_field"), ("new", {"hosts": ["spark1", "spark1"]}, 422, "bad_field"), ("new", {"hosts": "x"}, 422, "bad_field")):
+        r = store.post(f"/api/models/{path}/download", body)
+        assert (r.status, r.code) == (status, code), (path, r.json)
+    store.rig.control("spark2", "down")
+    assert store.post("/api/models/newwide/download").code == "spark_unreachable"
+
+
+def test_the_disks_tell_both_layouts_and_count_what_is_shared_once(store):
+    rig = store.rig
+    alone = repos_of(store)["org/alpha"]
+    for repo in ("org/beta", "org/fancy"):
+        shutil.rmtree(rig.hub("spark1", repo))
+        rig.weights("spark1", repo, size=50_000, shared=True)
+    rig.weights("spark1", "org/new", complete=False)
+    disk, rows = disk_of(store), repos_of(store)
+    both = rows["org/beta"], rows["org/fancy"]
+    assert all(row["complete"] and row["bytes"] > 100_000 > 100_000 - row["shared_bytes"] >= -1000 for row in both) and both[0]["models"] == ["beta", "twin"]
+    assert disk["used_bytes"] == sum(row["bytes"] for row in rows.values()) - both[0]["shared_bytes"]
+    assert alone["bytes"] < 5000 and alone["shared_bytes"] == 0 and disk["total_bytes"] > disk["free_bytes"] > 0
+    assert not rows["org/new"]["complete"] and any(m.endswith(".incomplete") for m in rows["org/new"]["missing"])
+    assert "model-00002-of-00002.safetensors" in rows["org/new"]["missing"]
+    assert rows["tuned"]["local"] and rows["tuned"]["complete"] and rows["tuned"]["models"] == ["tuned"] 
+    store_file = next(p for p in rig.hub("spark1").glob("blobs/??/*") if p.suffix != ".refs")
+    store_file.unlink()
+    assert {r: row["complete"] for r, row in repos_of(store).items()} == {
+        "org/alpha": True, "org/beta": False, "org/fancy": False, "org/wide": True, "org/new": False, "tuned": True}
+
+
+def test_hostile_names_neither_break_nor_forge_a_row(store):
+    rig = store.rig
+    hub, before = rig.hub("spark1"), repos_of(store)
+    names = ["models--evil\nrepo models--org--forged", "models--$(touch pwned)", "models--'\"; rm -rf ~", "models--\u202egpj\x1b[31m", "models--" + "l" * 240,
+             "models--x\nfile 1 2 99999999999 81a4 1 1"]
+    for name in names:
+        (hub / name / "snapshots/r\nmissing x").mkdir(parents=True)
+        (hub / name / "blobs").mkdir()
+        (hub / name / "blobs/a\nrepo models--org--forged2\n.0a.incomplete").write_bytes(b"x" * 1000)
+    index = {"weight_map": {"a": "x" * 10_000 + ".safetensors", "b": "$(id).safetensors", "c": "a\nrepo models--org--forged3\n.safetensors", "d": "../../../../../../etc/passwd"}}
+    (hub / "models--org--alpha/snapshots").joinpath(next(iter(os.listdir(hub / "models--org--alpha/snapshots"))), "evil.index.json").write_text(json.dumps(index))
+    os.symlink("/", hub / "models--org--beta/blobs/root")
+    rows = repos_of(store)
+    odd = {name for name in rows if name not in before}
+    assert len(odd) == len(names) and not [n for n in rows if "forged" in n and "?" not in n]
+    assert all(row["bytes"] == 1000 and not row["complete"] for name, row in rows.items() if name in odd)
+    assert not [p for p in (rig.root).rglob("pwned")] and rows["org/beta"]["bytes"] == before["org/beta"]["bytes"]
+    assert not rows["org/alpha"]["complete"] and all(len(m) <= 200 for m in rows["org/alpha"]["missing"]) and rows["org/wide"] == before["org/wide"]
+    assert all(not re.search(r"[\x00-\x1f\x7f\u202e]", text) for row in rows.values() for text in (row["name"], *row["missing"]))
+
+
+def test_what_a_lying_spark_says_of_its_disk_is_passed_over():
+    facts, rows = sc.parse_disk("file 1 1 5 81a4 1 1\nmissing x\ndisk a b c\ndisk 9999999999999 1 1\nnonsense\n\nrepo models--a--b\nfile 1 1 10 81a4 5 6\nfile 1 1 10 81a4 5 6\n"
+                                "file 1 2 7 41ed 9 9\nfile 1 3 -7 81a4 9 9\nfile 1 4 7 81a4 99999999999 9\npromised 9e9\npromised x\nfile 1 5 ٣ 81a4 1 1\n")
+    assert facts == {"hub": "", "total_bytes": 0, "free_bytes": 0}
+    assert [(r["name"], r["bytes"], r["used"], r["modified"], r["promised"]) for r in rows] == [("models--a--b", 10, 5, 6, 0)]
+    assert sc.shown_disk(facts, rows, {"models--a--b": ["k"]}, {"k"})["repos"][0]["serving"]
+
+
+def test_weights_are_deleted_by_safe_means_only(store, tmp_path):
+    rig, gone = store.rig, lambda spark, repo: not rig.hub(spark, repo).exists()
+    delete = lambda key, query="": store.call("DELETE", f"/api/models/{key}/disk{query}")
+    r = delete("fancy", "?host=spark2")
+    assert r.status == 200 and r.json["hosts"][0]["host"] == "spark2" and r.json["hosts"][0]["freed_bytes"] > 2000
+    assert gone("spark2", "org/fancy") and not gone("spark1", "org/fancy") and not list(rig.hub("spark2").glob(".trash*"))
+    event = store.get("/api/events").json["events"][0]
+    assert event["kind"] == "weights_deleted" and event["client"] and "spark2" in event["text"]
+    assert [h["freed_bytes"] > 0 for h in delete("fancy").json["hosts"]] == [True, False] and gone("spark1", "org/fancy")
+    assert delete("tuned").code == "local_model" and rig.local.exists() and delete("nix").code == "unknown_model" and delete("alpha", "?host=spark9").code == "unknown_spark"
+    assert delete("beta").code == "repo_shared" and delete("beta").json["error"]["models"] == ["twin"]
+    token = store.post("/api/swap/lock", {"holder": "cron"}).json["token"]
+    assert delete("alpha").code == "swap_locked"
+    assert store.call("DELETE", "/api/models/alpha/disk?host=spark2", headers={"X-Swap-Lock-Token": token}).status == 200
+    store.call("DELETE", "/api/swap/lock", headers={"X-Swap-Lock-Token": token})
+    # a directory that is really elsewhere, and files of the shared store without the program that knows who needs them
+    shutil.move(rig.hub("spark2", "org/wide"), tmp_path / "elsewhere")
+    rig.hub("spark2", "org/wide").symlink_to(tmp_path / "elsewhere")
+    r = delete("wide", "?host=spark2")
+    assert (r.status, r.code) == (502, "delete_failed") and "by hand" in r.json["error"]["message"] and (tmp_path / "elsewhere/blobs").exists()
+    for repo in ("org/new", "org/beta"):
+        shutil.rmtree(rig.hub("spark1", repo), ignore_errors=True)
+        rig.weights("spark1", repo, shared=True)
+    r = delete("new", "?host=spark1")
+    assert r.code == "delete_failed" and "shared" in r.json["error"]["message"] and repos_of(store)["org/new"]["complete"]
+    rig.tool("spark1", "hf")
+    assert delete("new", "?host=spark1").status == 200 and gone("spark1", "org/new") and repos_of(store)["org/beta"]["complete"]
+    freed = delete("beta", "?host=spark1&force=true").json["hosts"][0]["freed_bytes"]
+    assert freed > 2000 and not [p for p in rig.hub("spark1").glob("blobs/??/*")]
+    rig.control("spark2", "down")
+    r = delete("alpha")
+    assert r.code == "delete_failed" and [bool(h.get("error")) for h in r.json["error"]["hosts"]] == [False, True] and gone("spark1", "org/alpha")
+
+
+def test_weights_that_are_served_or_about_to_be_are_not_deleted(store):
+    delete = lambda key, query="": store.call("DELETE", f"/api/models/{key}/disk{query}")
+    assert store.swap("beta").status == 200
+    for key in ("beta", "twin"):                        # the same repo under another name
+        r = delete(key, "?force=true")
+        assert (r.status, r.code) == (409, "model_serving") and "main" in r.json["error"]["message"]
+    assert repos_of(store)["org/beta"]["serving"] and not repos_of(store)["org/alpha"]["serving"]
+    store.rig.behave("spark1", "org/alpha", load=3)
+    store.post("/api/swap", {"model": "alpha"})
+    assert [delete(key, "?force=true").code for key in ("alpha", "beta")] == ["model_serving"] * 2 and delete("fancy").code == "swap_running"
+    store.idle()
+    assert delete("beta", "?force=true").status == 200 and delete("alpha", "?force=true").code == "model_serving"
+    assert all(repos_of(store, s)["org/alpha"]["complete"] for s in store.rig.sparks)
+
 
 # === 12 monitor ===============================================================
 
@@ -2982,8 +3333,8 @@ def test_a_healthy_pair_passes_every_check():
     ({"listening": ["8888"], "engine": ["alive"]}, "port", "ok", "will be stopped"),
     ({"engine": ["alive"]}, "rollback", "warn", "cannot be restored"),
     ({"weights": []}, "weights", "fail", "o/n is not on spark1"),
-    ({"weights_missing": ["model-2.safetensors"]}, "weights", "fail", "without model-2.safetensors"),
-    ({"weights_incomplete": ["yes"]}, "weights", "fail", "still being downloaded"),
+    ({"missing": ["model-2.safetensors"]}, "weights", "fail", "without model-2.safetensors"),
+    ({"missing": ["ab.0a1b2c3d.incomplete"]}, "weights", "fail", "still being downloaded"),
     ({"image": []}, "image", "fail", "vllm-node is not on spark1"),
     ({"disk_kb": ["104857600", "900000"]}, "disk", "fail", "0.9 GB of disk left"),
     ({"disk_kb": ["5000000"]}, "disk", "warn", "4.8 GB of disk left"),
@@ -3142,13 +3493,13 @@ def test_every_check_but_the_first_can_be_skipped_by_name(two):
 
 WEIGHTS = (     # name, what is changed in the snapshot, status, words
     ("all is there", lambda s: None, "ok", ""),
-    ("a shard is gone", lambda s: (s / "model-00002-of-00002.safetensors").unlink(), "fail", "without model-00002-of-00002.safetensors"),
+    ("a shard is gone", lambda s: (s / "model-00002-of-00002.safetensors").unlink(), "fail", "model-00002-of-00002.safetensors"),
     ("a link leads nowhere", lambda s: (s / "model-00001-of-00002.safetensors").resolve().unlink(), "fail", "without model-00001-of-00002.safetensors"),
     ("no configuration", lambda s: (s / "config.json").unlink(), "fail", "without config.json"),
     ("still coming", lambda s: (s.parent.parent / "blobs/1f.0a1b2c3d.incomplete").touch(), "fail", "still being downloaded"),
     ("an index of another format", lambda s: (s / "consolidated.index.json").write_text('{"weight_map": {"a": "consolidated-00001.safetensors"}}'), "ok", ""),
     ("an index that lies", lambda s: (s / "model.safetensors.index.json").write_text(json.dumps(
-        {"weight_map": {"a": "x\nengine alive.safetensors", "b": "$(touch CANARY).safetensors", "c": "-rf.safetensors", "d": "'; touch CANARY;'.safetensors"}})), "fail", "without $(touch CANARY).safetensors"),
+        {"weight_map": {"a": "x\nengine alive.safetensors", "b": "$(touch CANARY).safetensors", "c": "-rf.safetensors", "d": "'; touch CANARY;'.safetensors"}})), "fail", "??touch?CANARY?.safetensors"),
     ("no weights at all", lambda s: [f.unlink() for f in s.glob("model*")], "fail", "without weights"),
 )
 
@@ -3178,7 +3529,7 @@ def test_only_what_vllm_loads_counts_as_weights(two):
     for extra in ("original/model.safetensors", "consolidated.safetensors", "pytorch_model.bin"):
         (snapshot / extra).write_bytes(bytes(20 << 20))
     numbers = [c["numbers"] for c in two.swap("alpha", dry_run=True).json["checks"] if c["name"] == "memory"]
-    facts = sc.parse_facts(two.rig.sh("spark1", "s=%s\n%s" % (snapshot, sc.WEIGHTS_FACTS)).stdout)
+    facts = sc.parse_facts(two.rig.sh("spark1", sc.facts_script(sc.ModelDef("a", "a", repo="org/alpha"), sc.Slot("main", ("spark1",), 1, "c", "t"), None, False)).stdout)
     assert 6 << 10 <= int(facts["weights_kb"][0]) < 7 << 10 and numbers[0]["weights"] == 0.0
 
 
@@ -5959,6 +6310,174 @@ while True:
     threading.Thread(target=Connection(sock, peer).serve, daemon=True).start()
 '''
 
+# What Hugging Face has is in ROOT/hub.json, put there by Rig.publish. Behaviour is set by the control files hf_fail and hf_pause.
+HF = r'''#!@PYTHON@ -SE
+# Stand-in for `hf` of huggingface_hub 2.4, and by its name for `uvx hf` and `huggingface-cli`.
+import hashlib, json, os, shutil, sys, time
+ROOT = "@ROOT@"
+HOME = os.environ["HOME"]
+SPARK = ROOT + "/sparks/" + os.environ["RIG_SPARK"]
+argv = sys.argv[2:] if os.path.basename(sys.argv[0]) == "uvx" else sys.argv[1:]
+hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME", HOME + "/.cache/huggingface") + "/hub"
+token_file = os.environ.get("HF_HOME", HOME + "/.cache/huggingface") + "/token"
+token = os.environ.get("HF_TOKEN") or (open(token_file).read().strip() if os.path.exists(token_file) else "")
+
+def control(name, default=""):
+    try:
+        return open(SPARK + "/" + name).read().strip() or default
+    except FileNotFoundError:
+        return default
+
+def fail(text):
+    sys.stderr.write("Error: " + text + "\nHint: set HF_DEBUG=1 as environment variable for full traceback.\n")
+    sys.exit(1)
+
+with open(SPARK + "/hf.log", "a") as f:
+    f.write(json.dumps({"program": os.path.basename(sys.argv[0]), "argv": argv, "token": token, "pid": os.getpid(),
+                        "env": {k: v for k, v in os.environ.items() if k.startswith("HF_") and k != "HF_TOKEN"}}) + "\n")
+if argv[:2] == ["cache", "rm"]:
+    if "--help" in argv:
+        sys.exit(0)
+    repo = argv[2].partition("/")[2]
+    base = argv[argv.index("--cache-dir") + 1] + "/models--" + repo.replace("/", "--")
+    for name in os.listdir(base + "/blobs"):
+        store = os.path.realpath(base + "/blobs/" + name)
+        if os.path.islink(base + "/blobs/" + name):
+            users = [l for l in open(store + ".refs").read().split("\n") if l and os.path.islink(l) and not l.startswith(base + "/")]
+            if not users:
+                os.unlink(store)
+                os.unlink(store + ".refs")
+    shutil.rmtree(base)
+    print("Deleted 1 repo(s) and 1 revision(s)")
+    sys.exit(0)
+if argv[:1] != ["download"] or len(argv) != 2:
+    fail("No such command")
+repo, mode, pause = argv[1], control("hf_fail"), float(control("hf_pause", "0"))
+known = json.load(open(ROOT + "/hub.json")).get(repo) if os.path.exists(ROOT + "/hub.json") else None
+if mode == "network":
+    fail("Local entry not found. [Errno -2] Name or service not known")
+if mode == "flood":
+    for _ in range(3000):
+        print("\x1b[31m\u202eno news\x07 " + token * 3 + "x" * 500)
+if known is None:
+    fail("Model '%s' not found.\nIf the repo is private, make sure you are authenticated and your token has the required permissions." % repo)
+if known["gated"] and token != known["gated"]:
+    fail("Access denied. Model '%s' requires approval." % repo)
+base = hub + "/models--" + repo.replace("/", "--")
+rev = hashlib.sha1(repo.encode()).hexdigest()
+for d in ("blobs", "refs", "snapshots/" + rev):
+    os.makedirs(base + "/" + d, exist_ok=True)
+open(base + "/refs/main", "w").write(rev)
+for n, (name, size) in enumerate(known["files"].items()):
+    data = open(ROOT + "/hub/" + repo + "/" + name, "rb").read()
+    etag = hashlib.sha256(data).hexdigest()
+    blob = base + "/blobs/" + etag
+    if not os.path.exists(blob):
+        part = "%s.%08x.incomplete" % (blob, os.getpid())
+        with open(part, "wb") as f:
+            for i in range(0, len(data), max(1, len(data) // 10)):
+                f.write(data[i:i + max(1, len(data) // 10)])
+                f.flush()
+                if name.endswith("safetensors"):
+                    if control("hf_fail") == "disk":
+                        fail("[Errno 28] No space left on device")
+                    time.sleep(float(control("hf_pause", "0")))
+        os.rename(part, blob)
+    link = base + "/snapshots/" + rev + "/" + name
+    if not os.path.islink(link) and not (mode == "short" and name.endswith("safetensors")):
+        os.symlink("../../blobs/" + etag, link)
+print("Downloaded\n  path: " + base + "/snapshots/" + rev)
+'''
+
+HF_DOWNLOAD = r'''#!/usr/bin/env bash
+# Stand-in for the launcher's hf-download.sh (eugr/spark-vllm-docker@065fb92), without its copying.
+set -e
+[ -n "$1" ] || { echo "Error: Model name is required."; exit 1; }
+if ! command -v uvx &> /dev/null; then echo "Error: 'uvx' command not found."; exit 1; fi
+echo "Downloading model '$1' using uvx..."
+if uvx hf download "$1"; then printf "Download completed in 00:00:01\n"; else echo "Error: Failed to download model '$1'."; exit 1; fi
+echo "No host specified, skipping copy."
+echo "Done downloading $1."
+'''
+
+RSYNC = r'''#!@PYTHON@ -SE
+# Stand-in for rsync 3.2 over ssh: what sparkctl asks of it, with its rule for unsafe links and its order of files.
+import fnmatch, json, os, subprocess, sys, time
+ROOT = "@ROOT@"
+SPARK = ROOT + "/sparks/" + os.environ["RIG_SPARK"]
+options = [a for a in sys.argv[1:] if a.startswith("-")]
+words = [a for a in sys.argv[1:] if not a.startswith("-")]
+ssh = words.pop(0).split() if "-e" in options else ["ssh"]
+source, target = words
+
+def control(name, default=""):
+    try:
+        return open(SPARK + "/" + name).read().strip() or default
+    except FileNotFoundError:
+        return default
+
+def reach(place):
+    if ":" not in place:
+        return place
+    login, _, path = place.partition(":")
+    said = {"hostkey": "Host key verification failed.", "denied": "root@%s: Permission denied (publickey,password)." % login}.get(control("rsync_fail"))
+    if said:
+        sys.stderr.write(said + "\r\nrsync: connection unexpectedly closed (0 bytes received so far) [sender]\n")
+    got = subprocess.run(["false"] if said else [*ssh, login, "true"], stdin=subprocess.DEVNULL)
+    if control("rsync_fail") == "missing":
+        sys.stderr.write("bash: line 1: rsync: command not found\nrsync: connection unexpectedly closed (0 bytes received so far) [sender]\n"
+                         "rsync error: error in rsync protocol data stream (code 12) at io.c(232) [sender=3.2.7]\n")
+        sys.exit(12)
+    if got.returncode:
+        sys.stderr.write("rsync error: unexplained error (code 255) at io.c(232) [sender=3.2.7]\n")
+        sys.exit(255)
+    return path
+
+def unsafe(link, at):       # rsync's util1.c, unsafe_symlink
+    depth = at.count("/")
+    for part in link.split("/")[:-1]:
+        depth += -1 if part == ".." else part not in (".", "")
+        if depth < 0:
+            return True
+    return link.startswith("/")
+
+with open(SPARK + "/rsync.log", "a") as f:
+    f.write(json.dumps({"argv": sys.argv[1:]}) + "\n")
+excluded = [a.partition("=")[2] for a in options if a.startswith("--exclude")]
+tree, into = reach(source), reach(target)
+if not tree.endswith("/"):
+    tree, into = os.path.dirname(tree), into + "/"
+os.makedirs(into, exist_ok=True)
+for folder, folders, files in os.walk(tree):
+    folders.sort()
+    for name in sorted(files):
+        path = os.path.join(folder, name)
+        at = os.path.relpath(path, tree)
+        if any(fnmatch.fnmatch(name, e) for e in excluded):
+            continue
+        new = os.path.join(into, at)
+        os.makedirs(os.path.dirname(new), exist_ok=True)
+        if os.path.islink(path) and not ("--copy-unsafe-links" in options and unsafe(os.readlink(path), at)):
+            if not os.path.islink(new):
+                os.symlink(os.readlink(path), new)
+            continue
+        data = open(path, "rb").read()
+        if os.path.exists(new) and os.path.getsize(new) == len(data):
+            continue
+        part = os.path.join(os.path.dirname(new), "." + name + ".Xy12Zq")
+        with open(part, "wb") as f:
+            for i in range(0, len(data), max(1, len(data) // 10)):
+                f.write(data[i:i + max(1, len(data) // 10)])
+                f.flush()
+                if len(data) > 500:
+                    time.sleep(float(control("rsync_pause", "0")))
+                if control("rsync_fail") == "cut":
+                    os.unlink(SPARK + "/rsync_fail")
+                    sys.stderr.write("client_loop: send disconnect: Broken pipe\nrsync error: unexplained error (code 255) at io.c(232) [sender=3.2.7]\n")
+                    sys.exit(255)
+        os.rename(part, new)
+'''
+
 
 class Rig:
     """Sparks below tmp_path. Every process of theirs carries RIG_ROOT, so close() finds them all."""
@@ -5976,13 +6495,14 @@ class Rig:
             (spark / "docker").mkdir(parents=True)
             (spark / "home" / "spark-vllm-docker").mkdir(parents=True)
             (spark / "bin").mkdir()
-            for program, text in (("ssh", SSH), ("docker", DOCKER), ("vllm", VLLM), ("nvidia-smi", NVIDIA_SMI), ("journalctl", JOURNALCTL)):
+            for program, text in (("ssh", SSH), ("docker", DOCKER), ("vllm", VLLM), ("nvidia-smi", NVIDIA_SMI), ("journalctl", JOURNALCTL), ("uvx", HF), ("rsync", RSYNC)):
                 self._program(spark / "bin" / program, text)
             for alias in ("pgrep", "pkill", "killall"):     # the system's own would hit every test run on this machine
                 (spark / "bin" / alias).symlink_to("docker")
             if not Path("/usr/bin/python3").exists():
                 (spark / "bin" / "python3").symlink_to(sys.executable)
             self.install_launcher(name, LAUNCHER)
+            self._program(spark / "home" / "spark-vllm-docker" / "hf-download.sh", HF_DOWNLOAD)
             self.cluster(name)
 
     def __enter__(self):
@@ -6176,10 +6696,33 @@ class Rig:
             files[name] = len(head).to_bytes(8, "little") + head + bytes(size)
         return files, names[-1]
 
-    def weights(self, spark, model, shards=2, complete=True, size=1000):
-        """A Hugging Face cache entry; incomplete: the last shard has no link and its blob is a leftover. Returns the snapshot."""
+    def publish(self, repo, shards=2, size=100_000, gated=""):
+        """Let Hugging Face have a repo; gated: the token that may read it."""
+        files, _ = self._files(shards, size)
+        place = self.root / "hub" / repo
+        place.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (place / name).write_bytes(data.replace(bytes(8), repo.encode().ljust(8)[:8], 1))       # different in each repo
+        path = self.root / "hub.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        self._write_json(path, {**known, repo: {"gated": gated, "files": {name: len(data) for name, data in files.items()}}})
+
+    def tool(self, spark, name, text=None):
+        """Install `hf` or the like on a Spark; "" takes it away."""
+        if text == "":
+            (self.spark(spark) / "bin" / name).unlink()
+        else:
+            self._program(self.spark(spark) / "bin" / name, text or HF)
+
+    def hub(self, spark, repo=""):
+        base = self.spark(spark) / "home/.cache/huggingface/hub"
+        return base / ("models--" + repo.replace("/", "--")) if repo else base
+
+    def weights(self, spark, model, shards=2, complete=True, size=1000, shared=False):
+        """A Hugging Face cache entry; incomplete: the last shard has no link and its blob is a leftover; shared: shards lie in the store of 2.x,
+        which _files makes the same for every model. Returns the snapshot."""
         import hashlib
-        base = self.spark(spark) / "home/.cache/huggingface/hub" / ("models--" + model.replace("/", "--"))
+        base = self.hub(spark, model)
         revision = hashlib.sha1(model.encode()).hexdigest()
         snapshot = base / "snapshots" / revision
         for folder in (base / "blobs", base / "refs", snapshot):
@@ -6191,7 +6734,17 @@ class Rig:
             if name == last and not complete:
                 (base / "blobs" / f"{digest}.0a1b2c3d.incomplete").write_bytes(data[: len(data) // 2])
                 continue
-            (base / "blobs" / digest).write_bytes(data)
+            if shared and name.endswith(".safetensors"):
+                store = self.hub(spark) / "blobs" / digest[:2] / digest
+                store.parent.mkdir(parents=True, exist_ok=True)
+                (self.hub(spark) / "blobs" / ".huggingface-shared-blobs").write_text("1\n")
+                store.write_bytes(data)
+                (base / "blobs" / digest).unlink(missing_ok=True)
+                (base / "blobs" / digest).symlink_to(f"../../blobs/{digest[:2]}/{digest}")
+                with open(f"{store}.refs", "a") as f:
+                    f.write(f"{base}/blobs/{digest}\n")
+            else:
+                (base / "blobs" / digest).write_bytes(data)
             link = snapshot / name
             link.unlink(missing_ok=True)
             link.symlink_to(f"../../blobs/{digest}")
