@@ -34,7 +34,7 @@ and `slot-NAME` poll, one each, so that a dead Spark delays only itself; `follow
 Locks: Arbiter._lock guards the one decision who may start what, and is held until the journal has it; Hub.changed the
 version that long-polls wait on; Gate._cond the holding and counting of requests; Events._lock, SwapLog._lock and
 Register._lock a list and its file; Webhooks._lock deliveries and queues; Jobs._lock which jobs run; Monitor._lock what
-the slots' polls last saw; Hosts._lock the resolved addresses; Server._idle the count of replies in flight. No lock is held
+the slots' polls last saw; ConfigStore._lock reading and editing the YAML files; Hosts._lock the resolved addresses; Server._idle the count of replies in flight. No lock is held
 across ssh, HTTP or sleep, and no two at once. What is published is immutable and replaced whole: readers take no lock.
 Trusted: the two YAML files, the environment, the user that ssh logs in as. Not trusted: clients, web pages in
 the owner's browser, what an engine or a Spark answers.
@@ -169,27 +169,29 @@ class Setting(NamedTuple):
     parse: Callable
     help: str
     secret: bool = False        # never returned, logged, or put on a command line
+    restart: bool = False       # read once: a change counts at the next start
+    guarded: bool = False       # decides what runs, what is written where, or who may ask: strangers may not change it
 
 
 PORT, SECONDS = number(1, 65535, int), number(0, 86400)
 SETTINGS = (
-    Setting("SPARKCTL_BIND", "127.0.0.1", text, "address to listen on; loopback unless you say otherwise"),
-    Setting("SPARKCTL_PORT", "9999", number(0, 65535, int), "port to listen on (0 = any free one)"),
-    Setting("SPARKCTL_DATA", "data", text, "directory for state; relative to the script (environment or --data only)"),
-    Setting("SPARKCTL_API_KEY", "", text, "key that clients send as `Authorization: Bearer …`; blank = no key", True),
+    Setting("SPARKCTL_BIND", "127.0.0.1", text, "address to listen on; loopback unless you say otherwise", restart=True, guarded=True),
+    Setting("SPARKCTL_PORT", "9999", number(0, 65535, int), "port to listen on (0 = any free one)", restart=True),
+    Setting("SPARKCTL_DATA", "data", text, "directory for state; relative to the script (environment or --data only)", restart=True, guarded=True),
+    Setting("SPARKCTL_API_KEY", "", text, "key that clients send as `Authorization: Bearer …`; blank = no key", True, guarded=True),
     Setting("SPARKCTL_ALLOWED_HOSTS", "", names, "further Host names to answer to, besides IP addresses, localhost, "
-            "this machine's names and *.local"),
+            "this machine's names and *.local", guarded=True),
     Setting("VLLM_API_KEY", "", text, "key sent to the engines", True),
-    *(Setting(f"SPARK{n}_{part}", "", parse, help_text) for n in range(1, 9) for part, parse, help_text in (
+    *(Setting(f"SPARK{n}_{part}", "", parse, help_text, restart=True, guarded=True) for n in range(1, 9) for part, parse, help_text in (
         ("HOST", host_name, f"Spark {n}: host name, address or ssh alias; `local` = this machine, without ssh"),
         ("USER", user_name, f"Spark {n}: ssh user; blank = whatever ssh chooses"))),
-    Setting("LAUNCH_DIR", "~/spark-vllm-docker", text, "directory of launch-cluster.sh on the Sparks"),
+    Setting("LAUNCH_DIR", "~/spark-vllm-docker", text, "directory of launch-cluster.sh on the Sparks", guarded=True),
     Setting("VLLM_PORT", "8888", PORT, "port that the engine of slot main listens on"),
-    Setting("VLLM_CONTAINER", "vllm_node", container_name, "container that the engine of slot main runs in"),
+    Setting("VLLM_CONTAINER", "vllm_node", container_name, "container that the engine of slot main runs in", guarded=True),
     Setting("DISABLED_SERVICES", "", names, "services without a tile or probe, comma-separated"),
     Setting("MODELS_OVERRIDES", "", text, "file whose knobs, models and hidden models go on top of "
-            "models.yaml; blank = models-overrides.yaml in the data directory"),
-    Setting("LOCAL_MODEL_ROOTS", "/home,/data,/models,/mnt,/srv", abs_paths, "directories that local models may be below"),
+            "models.yaml; blank = models-overrides.yaml in the data directory", restart=True, guarded=True),
+    Setting("LOCAL_MODEL_ROOTS", "/home,/data,/models,/mnt,/srv", abs_paths, "directories that local models may be below", guarded=True),
     Setting("SWAP_DRAIN_SECONDS", "30", SECONDS, "longest wait for requests in flight before an engine is stopped"),
     Setting("SWAP_STOP_TIMEOUT", "120", number(1, 3600), "longest time for an engine to stop and give its memory back, seconds"),
     Setting("SWAP_LAUNCH_TIMEOUT", "300", number(1, 3600), "longest time for the launcher, seconds"),
@@ -198,7 +200,7 @@ SETTINGS = (
     Setting("SWAP_WARM_TIMEOUT", "300", number(1, 3600), "longest time for an engine's first answer to a prompt, seconds"),
     Setting("SWAP_ROLLBACK", "on", flag, "launch the previous model again when a swap fails after the stop"),
     Setting("MIN_SERVING_SECONDS", "120", SECONDS, "shortest time that a model serves before a job may replace it; people and holders of the lock may at any time"),
-    Setting("WEBHOOK_URL", "", urls, "where events are POSTed, comma-separated", True),
+    Setting("WEBHOOK_URL", "", urls, "where events are POSTed, comma-separated", True, guarded=True),
     Setting("WEBHOOK_SECRET", "", text, "key of the signature X-Spark-Signature; blank = unsigned", True),
     Setting("WEBHOOK_EVENTS", "swap_complete,swap_failed", names, "events that are POSTed, comma-separated; * at the end of a name stands for anything: lock_*"),
     Setting("HOLD_SECONDS", "60", SECONDS, "longest time a /v1 request is held while its slot swaps"),
@@ -222,7 +224,14 @@ class Settings(NamedTuple):
         """Rows for the page and the API; a secret shows only whether it is set."""
         return [{"name": s.name, "value": ("set" if self[s.name] else "") if s.secret else
                  ",".join(self[s.name]) if isinstance(self[s.name], tuple) else self[s.name],
-                 "source": self.sources[s.name], "help": s.help, "secret": s.secret, "default": s.default} for s in SETTINGS]
+                 "source": self.sources[s.name], "help": s.help, "secret": s.secret, "default": s.default,
+                 "pinned": self.sources[s.name] in ("command line", "environment"), "restart": s.restart} for s in SETTINGS]
+
+
+def setting_text(raw):
+    """A value as YAML or JSON gives it -> the text that the environment would give."""
+    raw = {None: "", True: "on", False: "off"}[raw] if raw is None or isinstance(raw, bool) else raw
+    return ",".join(map(str, raw)) if isinstance(raw, (list, tuple)) else str(raw).strip()
 
 
 def parse_settings(env, file_values=None, flags=None, file_label="settings.yaml"):
@@ -237,9 +246,7 @@ def parse_settings(env, file_values=None, flags=None, file_label="settings.yaml"
     for s in SETTINGS:
         values[s.name], sources[s.name] = s.parse(s.default), "default"
         for label, place in (("command line", flags or {}), ("environment", env), ("file", file_values)):
-            raw = place.get(s.name)
-            raw = {None: "", True: "on", False: "off"}[raw] if raw is None or isinstance(raw, bool) else raw
-            raw = ",".join(map(str, raw)) if isinstance(raw, (list, tuple)) else str(raw).strip()
+            raw = setting_text(place.get(s.name))
             if label == "file" and s.name == "SPARKCTL_DATA" and raw:
                 warnings.append(f"{file_label}: SPARKCTL_DATA says where this file is, so it cannot stand in it")
                 continue
@@ -252,6 +259,10 @@ def parse_settings(env, file_values=None, flags=None, file_label="settings.yaml"
                 why = str(e) if str(e).startswith(("must", repr(raw)[:3])) else "is not valid"
                 warnings.append(f"{s.name}: {shown} from the {label} {why}; using the next source")
     return Settings(values, sources, tuple(warnings))
+
+
+def is_loopback(bind):
+    return bind in ("localhost", "::1") or bind.startswith("127.")
 
 
 # === 2 small helpers ==========================================================
@@ -725,12 +736,19 @@ class ModelDef:
     size_gb: float = 0          # GiB of weights, for checks before they are on disk; 0 = unknown
     description: str = ""
     added: bool = False         # from the overrides file
+    hidden: bool = False        # by the overrides file: kept, but not served
+    overridden: tuple = ()      # knobs that the overrides file changes
     served_names: tuple = ()    # key first; what the engine answers to, unique over the catalog
 
     @property
     def source(self):
         """What `vllm serve` is given."""
         return self.local_path or self.repo
+
+    @property
+    def wanted_names(self):
+        """The names that it would answer to if no other model claimed them."""
+        return tuple(dict.fromkeys(filter(None, (self.key, self.repo, *self.aliases))))
 
     def public(self):
         knobs, env = ({k: "***" if SECRETISH.search(k) else v for k, v in pairs} for pairs in (self.knobs, self.env))
@@ -750,7 +768,7 @@ def validate_local_path(value, roots):
     """A directory that may be mounted into a container, as text (nothing is looked up). Raises ValueError."""
     # colons and commas would change what docker's -v and --mount mean; `..` and other spellings could leave the roots
     require(value.startswith("/"), "must be an absolute path")
-    require(not re.search(r"[\x00-\x1f\x7f:,]", value), "must not contain control characters, colons or commas")
+    require(not re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069:,]", value), "must not contain control characters, colons or commas")
     require(len(value) <= 1024 and not value.startswith("//") and os.path.normpath(value) == value,
             "must be normalised: no `..`, no double or trailing slash, at most 1024 characters")
     require(any(value.startswith(root.rstrip("/") + "/") for root in roots), f"must be below one of {', '.join(roots)} (LOCAL_MODEL_ROOTS)")
@@ -834,7 +852,7 @@ def parse_model(key, entry, roots, **more):
 def claim_names(models, file):
     """Give each model the names its engine will answer to -> (models, problems)."""
     # a name that two models claim would make requests go to either, so neither gets it; a key always stays its own
-    wanted = {m.key: list(dict.fromkeys(filter(None, (m.key, m.repo, *m.aliases)))) for m in models.values()}
+    wanted = {m.key: m.wanted_names for m in models.values()}
     claims = collections.Counter(name for wishes in wanted.values() for name in wishes)
     out, problems = {}, []
     for m in models.values():
@@ -862,15 +880,10 @@ class LoudLoader(yaml.SafeLoader):
 LoudLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, LoudLoader.loud_mapping)
 
 
-def read_yaml(path, must_exist=False):
-    """The mapping in a YAML file; {} where it is empty, or absent and need not exist. Raises OSError, ValueError with line and reason."""
+def parse_yaml(data, loader=LoudLoader):
+    """The mapping in YAML's bytes; {} where there is nothing. Raises ValueError with line and reason."""
     try:
-        with open(path, encoding="utf-8") as f:
-            got = yaml.load(f, LoudLoader)
-    except FileNotFoundError:
-        if must_exist:
-            raise
-        return {}
+        got = yaml.load(data.decode("utf-8"), loader)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         raise ValueError(f"{f'line {mark.line + 1}: ' if mark else ''}{getattr(e, 'problem', None) or 'not YAML'}") from None
@@ -878,6 +891,21 @@ def read_yaml(path, must_exist=False):
         raise ValueError(f"not readable as UTF-8 YAML ({type(e).__name__})") from None
     require(got is None or isinstance(got, dict), "must be a mapping at the top")
     return got or {}
+
+
+def read_yaml(path, must_exist=False):
+    """The mapping in a YAML file; {} where it is empty, or absent and need not exist. Raises OSError, ValueError with line and reason."""
+    try:
+        with open(path, "rb") as f:
+            return parse_yaml(f.read())
+    except FileNotFoundError:
+        if must_exist:
+            raise
+        return {}
+
+
+def to_yaml(doc):
+    return yaml.safe_dump(doc, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
 
 
 def read_sections(file, doc, known, problems):
@@ -891,8 +919,18 @@ def read_sections(file, doc, known, problems):
         yield doc.get(name) or empty if fits else empty
 
 
+def dashed(flag_name):
+    return flag_name.replace("_", "-")
+
+
+def merge_knobs(knobs, change):
+    """Mapping knobs with change on top of it; a name that differs in _ and - only is the same flag."""
+    spelled = {dashed(str(k)): k for k in knobs}
+    return {**knobs, **{spelled.get(dashed(k), k): v for k, v in change.items()}}
+
+
 def parse_catalog(base, overrides, roots, base_file="models.yaml", overrides_file="models-overrides.yaml"):
-    """Two parsed YAML files -> ({key: ModelDef}, [Problem]). Pure; never raises for what stands in them."""
+    """Two parsed YAML files -> ({key: ModelDef}, the hidden ones too, [Problem]). Pure; never raises for what stands in them."""
     problems, models = [], {}
     shipped, = read_sections(base_file, base, {"models": {}}, problems)
     own, knobs, hidden = read_sections(overrides_file, overrides, {"models": {}, "knobs": {}, "hidden": []}, problems)
@@ -905,12 +943,13 @@ def parse_catalog(base, overrides, roots, base_file="models.yaml", overrides_fil
     for key, change in knobs.items():
         try:
             require(key in models, "is not a model of the catalog")
-            merged = {**dict(models[key].knobs), **dict(parse_knobs(change))}
-            models[key] = dataclasses.replace(models[key], knobs=tuple((k, v) for k, v in merged.items() if v is not None))
+            merged, changed = merge_knobs(dict(models[key].knobs), dict(parse_knobs(change))), {dashed(str(k)) for k in change}
+            models[key] = dataclasses.replace(models[key], knobs=tuple((k, v) for k, v in merged.items() if v is not None),
+                                              overridden=tuple(k for k in merged if dashed(k) in changed))
         except ValueError as e:
             problems.append(Problem(overrides_file, f"knobs.{key}", "", str(e)))
-    models, clashes = claim_names({k: m for k, m in models.items() if k not in hidden}, base_file)
-    return models, problems + clashes
+    named, clashes = claim_names({k: m for k, m in models.items() if k not in hidden}, base_file)
+    return {k: named.get(k) or dataclasses.replace(m, hidden=True) for k, m in models.items()}, problems + clashes
 
 
 # === 5 services ===============================================================
@@ -1053,6 +1092,7 @@ class Config(NamedTuple):
     models: dict
     layout: Layout
     problems: tuple             # of Problem
+    hidden: dict = {}           # models that the overrides file hides
 
     def find(self, name):
         """The ModelDef that answers to name (key, repo or alias), or None."""
@@ -1060,20 +1100,39 @@ class Config(NamedTuple):
 
 
 class ConfigStore:
-    """Reads the YAML files, and again when they change; a broken file keeps what was last good, and is reported."""
+    """Reads the YAML files, again when they change, and edits the two that are ours. A broken file keeps what was last good, and is reported."""
 
-    def __init__(self, settings, paths):
-        self.settings = settings                    # fixed
-        self.paths = paths                          # fixed: {"models", "overrides", "services"} -> path
+    HEADERS = {"overrides": "# Knobs, models and hidden models on top of models.yaml. Edit it by hand as you like: it is read again\n"
+                            "# when it changes. sparkctl edits it too (page, API, import-recipe), and then comments are lost.\n",
+               "settings": "# Settings as `NAME: value`; README.md lists them. Edit it by hand as you like: it is read again when it\n"
+                           "# changes. sparkctl edits it too (page, API), and then comments are lost.\n"}
+
+    def __init__(self, settings, paths, parse=None):
+        self.started = settings                     # fixed: what was in force at the start, for what is read only then
+        self.paths = paths                          # fixed: {"models", "overrides", "services"} -> path; with parse "settings" too
         self.sparks = {f"spark{n}": Spark(f"spark{n}", settings[f"SPARK{n}_HOST"], settings[f"SPARK{n}_USER"])
                        for n in range(1, 9) if settings[f"SPARK{n}_HOST"]}
-        self._seen = None                           # written by refresh() only, which one thread calls
-        self._good = {name: {} for name in paths}   # likewise
-        self.current = None                         # replaced whole; read by any thread
+        self._parse = parse or (lambda values: settings)            # fixed: what stands in settings.yaml -> Settings
+        self._lock = threading.Lock()               # one reading or editing at a time
+        self._seen = None                           # guarded by _lock
+        self._good = dict.fromkeys(("settings", *paths), {})        # guarded by _lock
+        self.current = None                         # replaced under _lock; read by any thread
         self.refresh()
+
+    @property
+    def settings(self):
+        return self.current.settings
+
+    def restart_needed(self):
+        """Settings that were changed since the start and are read only then."""
+        return [s.name for s in SETTINGS if s.restart and self.settings[s.name] != self.started[s.name]]
 
     def refresh(self):
         """Re-read if a file changed; tells whether a new snapshot was published."""
+        with self._lock:
+            return self._refresh_locked()
+
+    def _refresh_locked(self):
         stamps = {}
         for name, path in self.paths.items():
             with contextlib.suppress(OSError):
@@ -1088,12 +1147,55 @@ class ConfigStore:
             except (OSError, ValueError) as e:
                 why = e.strerror if isinstance(e, OSError) else str(e)
                 broken.append(Problem(os.path.basename(path), "", "", f"{why}; what was last good stays in force"))
-        files = {name: os.path.basename(path) for name, path in self.paths.items()}
-        models, wrong = parse_catalog(self._good["models"], self._good["overrides"], self.settings["LOCAL_MODEL_ROOTS"],
-                                      files["models"], files["overrides"])
-        layout, wrong_layout = parse_layout(self._good["services"], self.sparks, self.settings, files["services"])
-        self.current = Config(self.settings, self.sparks, models, layout, (*broken, *wrong, *wrong_layout))
+        settings = self._parse(self._good["settings"])
+        models, wrong = self._catalog_locked(self._good["overrides"], settings)
+        layout, wrong_layout = parse_layout(self._good["services"], self.sparks, settings, os.path.basename(self.paths["services"]))
+        shown, hidden = ({k: m for k, m in models.items() if m.hidden is which} for which in (False, True))
+        self.current = Config(settings, self.sparks, shown, layout, (*broken, *wrong, *wrong_layout), hidden)
         return True
+
+    def _catalog_locked(self, overrides, settings):
+        return parse_catalog(self._good["models"], overrides, settings["LOCAL_MODEL_ROOTS"],
+                             *(os.path.basename(self.paths[name]) for name in ("models", "overrides")))
+
+    def edit(self, what, change):
+        """Let change(mapping, Config) alter what stands in a file of ours at this moment, write it -> (Config before, Config after).
+
+        Raises Refused 409 for a broken file, 422 for what would bring new problems, 503 if it cannot be written, and whatever
+        change raises; then nothing is changed. Blocks for the disk only.
+        """
+        path, data = os.path.realpath(self.paths[what]), b""         # a symlink stays one
+        with self._lock:
+            self._refresh_locked()
+            before = self.current
+            try:
+                with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
+                    data = f.read()
+                try:
+                    doc = parse_yaml(data)
+                except ValueError as e:
+                    raise Refused(409, what + "_broken", f"{path}: {printable(str(e), 300)}; mend it by hand first", path=path) from None
+                was = to_yaml(doc)
+                change(doc, before)
+                now = to_yaml(doc)
+                if now == was:
+                    return before, before
+                require(len(now) <= 1 << 20 and to_yaml(parse_yaml(now.encode())) == now, "is more than the file can hold")
+                if what == "overrides":
+                    known = self._catalog_locked(parse_yaml(was.encode()), before.settings)[1]
+                    if worse := [str(p) for p in self._catalog_locked(doc, before.settings)[1] if p not in known]:
+                        raise Refused(422, "bad_catalog", f"this would bring a new problem: {worse[0]}", problems=worse)
+                if re.search(r"(^|\s)#", data.decode().removeprefix(self.HEADERS[what]), re.M):      # comments of people, about to be lost
+                    write_atomic(path + ".bak", data)
+                mode = os.stat(path).st_mode & 0o777 if data else 0o600
+                write_atomic(path, (self.HEADERS[what] + now).encode())
+                os.chmod(path, mode)
+            except OSError as e:
+                raise Refused(503, what + "_unwritable", f"{path} cannot be written: {e.strerror}; nothing was changed", path=path) from None
+            except (ValueError, RecursionError, yaml.YAMLError) as e:
+                raise Refused(422, "bad_field", f"the change cannot be written as YAML: {printable(str(e), 300)}", field="") from None
+            self._refresh_locked()
+            return before, self.current
 
 
 # === 6 backends ===============================================================
@@ -3648,7 +3750,7 @@ class Monitor:
         if self._store.refresh():
             config = self._store.current
             self._events.add("config_changed", f"files were read again: {len(config.models)} models, {len(config.problems)} problems")
-            self._watch_slots()
+        self._watch_slots()                     # each time: an edit may have read the files before us
 
 
 # === 13 data path =============================================================
@@ -4029,6 +4131,17 @@ JOB_ACTIONS = {"swap": job_locked(job_swap), "health": job_health,
                "restart": job_locked(lambda app, job, tell, token: app.restart(job.get("service", ""), f"job {job['id']}", token))}
 
 
+def exposure(bind, key, root, allow_root=True):
+    """What is unwise about who may reach us -> (sentences, whether the first is a refusal)."""
+    loopback = is_loopback(bind)
+    refused = root and not loopback and not allow_root
+    told = ["root on a non-loopback address is refused; use another user, or --allow-root" if refused else
+            "sparkctl runs as root and needs no root: run it as a user that may ssh to the Sparks"] if root else []
+    if not loopback and not key:
+        told.append(f"anybody who reaches {bind} may swap models: set SPARKCTL_API_KEY")
+    return told, refused
+
+
 class App:
     """What the handlers work on. Fixed after construction; each part keeps its own locks."""
 
@@ -4094,21 +4207,54 @@ class App:
                    "url": endpoint_of(slot, self.hosts, config.settings).url, "hosts": list(slot.hosts), "port": slot.port,
                    "backend": slot.backend, "detail": view.probe.detail, "in_flight": in_flight, "held": held}
 
-    def models(self, config):
+    def models(self, config, hidden=False):
         on = {s["model"]: s["name"] for s in self.slots(config) if s["model"]}
-        return [{**m.public(), "serving_on": on.get(m.key)} for m in config.models.values()]
+        return [{**m.public(), "serving_on": on.get(m.key)} for m in (config.models | (config.hidden if hidden else {})).values()]
+
+    def model(self, config, key):
+        """A model as GET shows it, a hidden one too. Raises Refused 404."""
+        return entry_of({m["key"]: m for m in self.models(config, hidden=True)}, "model", key)
+
+    def use_of(self, key):
+        """What a model is in use for, in words, or "" if for nothing."""
+        book = self.swaps.book
+        for s in filter(None, (book.running, book.waiting)):
+            if key in (s.model, s.from_model, s.previous and s.previous.model):
+                return f"swap {s.id} is about it"
+        slots = [s["name"] for s in self.slots(self.store.current) if s["model"] == key] + [n for n, plan in book.slots.items() if plan.model == key]
+        return f"slot {slots[0]} serves it" if slots else ""
+
+    def command(self, config, key):
+        """The command line that a swap to the model would run, secrets masked, or why there is none."""
+        model = (config.models | config.hidden)[key]
+        try:
+            slot = config.layout.slots.get(self.model(config, key)["serving_on"]) or pick_slot(config, None)
+            require(model.mode == "solo" or len(slot.hosts) > 1, f"it is a cluster model, and slot {slot.name} has one Spark")
+            return make_plan(model, slot, config).shown
+        except (Refused, ValueError) as e:
+            return f"cannot be launched: {e}"
+
+    def edit_models(self, r, key, said, change):
+        """Change the overrides file, tell it if it was one -> (Config before, Config after). Raises Refused as ConfigStore.edit does."""
+        before, after = self.store.edit("overrides", change)
+        if after is not before:
+            self.events.add("catalog_changed", f"{r.client} {said}", client=r.client, model=key)
+        return before, after
 
     def services(self, config):
         """The services that are configured and not disabled, by name."""
         hidden = config.settings["DISABLED_SERVICES"]
         return {s.name: s for s in config.layout.services.values() if s.configured and s.name not in hidden}
 
+    def exposed(self):
+        return [] if self.demo else exposure(self.store.started["SPARKCTL_BIND"], self.store.settings["SPARKCTL_API_KEY"], os.geteuid() == 0)[0]
+
     def state(self):
         config, version = self.store.current, self.hub.version()
         running, recent = self.swaps.book.running, self.swaps.recent
         schedules, conflicts = self.schedules.view()
         return {"version": version, "now": utc(), "demo": self.demo,
-                "warnings": [*config.settings.warnings, *map(str, config.problems), *self.warnings],
+                "warnings": [*self.exposed(), *config.settings.warnings, *map(str, config.problems), *self.warnings],
                 "sparks": [{"name": s.name, "host": s.host, **self.monitor.spark(s.name)._asdict()} for s in config.sparks.values()],
                 "slots": list(self.slots(config)), "models": self.models(config),
                 "services": [{"name": s.name, "kind": s.kind, "label": s.label, "state": "unknown", "host": s.host, "port": s.port}
@@ -4451,6 +4597,126 @@ def get_v1_models(app, r):
         for slot, served in app.views().items() for name in served]}
 
 
+def section(doc, name, empty):
+    """A copy of what stands under name in the overrides file, to be changed and put back. Raises Refused 409 if it is of another type."""
+    if not isinstance(doc.get(name) or empty, type(empty)):
+        raise Refused(409, "overrides_broken", f"{name} must be a {'list' if empty == [] else 'mapping'}; mend the file by hand first")
+    return type(empty)(doc.get(name) or empty)
+
+
+def refuse_clash(model, config):
+    """Raises Refused 409 if another model is found by one of the model's names."""
+    for other in config.models.values():
+        for name in (n for n in model.wanted_names if n in other.wanted_names and other.key != model.key):
+            raise Refused(409, "name_taken", f"the name {name} is that of {other.key} already", name=name, model=other.key)
+
+
+def add_model(doc, config, key, entry):
+    """Add an entry to the overrides file's mapping. Raises Refused 409, 422."""
+    model, wrong = parse_model(key, entry, config.settings["LOCAL_MODEL_ROOTS"], added=True)
+    for field, message in wrong:
+        raise Refused(422, "bad_field" if field in entry and "is not a field" not in message else "unknown_field" if field else "bad_field",
+                      f"{field or 'the model'} {message}", field=field or "repo")
+    added = section(doc, "models", {})
+    if key in added or key in config.models or key in config.hidden:
+        raise Refused(409, "model_exists", f"there is a model {key} already{' (hidden)' if key in config.hidden else ''}", model=key)
+    refuse_clash(model, config)
+    doc["models"] = {**added, key: entry}
+
+
+def post_model(app, r):
+    entry = {k: v for k, v in parse_json(r.body).items() if v is not None}
+    needed(entry, "key")
+    key = checked({"key": entry.pop("key")}, {"key": matching(KEY.pattern, f"must match {KEY.pattern}")}, "the body")["key"]
+    _, config = app.edit_models(r, key, f"added {key}", lambda doc, config: add_model(doc, config, key, entry))
+    return 201, app.model(config, key), {"Location": f"/api/models/{key}"}
+
+
+def refuse_used(app, key):
+    if use := app.use_of(key):
+        raise Refused(409, "model_serving", f"{key} is in use: {use}; serve another model or unload first", model=key)
+
+
+def drop_model(app, r):
+    key = r.args["key"]
+    if not app.model(app.store.current, key)["added"]:
+        raise Refused(409, "not_added", f'{key} stands in models.yaml, which sparkctl never writes; hide it: PUT /api/models/{key} {{"hidden": true}}')
+    refuse_used(app, key)
+
+    def change(doc, config):
+        doc.update({name: {k: v for k, v in section(doc, name, {}).items() if k != key} for name in ("models", "knobs") if name in doc})
+        doc.update({"hidden": [k for k in section(doc, "hidden", []) if k != key]} if "hidden" in doc else {})
+    app.edit_models(r, key, f"removed {key}", change)
+    return 200, {"deleted": key}
+
+
+def put_model(app, r):
+    needed(r.json, "hidden")
+    key, hide = r.args["key"], r.json["hidden"]
+    if hide and not app.model(app.store.current, key)["hidden"]:
+        refuse_used(app, key)
+
+    def change(doc, config):
+        model, others = entry_of(config.models | config.hidden, "model", key), [k for k in section(doc, "hidden", []) if k != key]
+        if not hide:
+            refuse_clash(model, config)
+        doc["hidden"] = others + [key] * hide
+    _, config = app.edit_models(r, key, f"{'hid' if hide else 'showed'} {key}", change)
+    return 200, app.model(config, key)
+
+
+def put_knobs(app, r):
+    key, given = r.args["key"], parse_json(r.body)
+    checked({"knobs": given}, {"knobs": parse_knobs}, "the body")
+    dropped = {dashed(k) for k, v in given.items() if v is None}
+
+    def change(doc, config):
+        entry_of(config.models | config.hidden, "model", key)
+        knobs = section(doc, "knobs", {})
+        mine = {k: v for k, v in merge_knobs(section(knobs, key, {}), given).items() if dashed(str(k)) not in dropped}
+        doc["knobs"] = {k: v for k, v in {**knobs, key: mine}.items() if v or k != key}
+    before, after = app.edit_models(r, key, f"changed knobs of {key}: {', '.join(given)}", change)
+    effect = "at the next load; until then it serves with the old ones (POST /api/swap with restart: true)" if app.use_of(key) else \
+        "at once: the next swap to it uses them"
+    return 200, {**app.model(after, key), "before": app.command(before, key), "after": app.command(after, key), "takes_effect": effect}
+
+
+def settings_reply(app):
+    return {"settings": app.store.settings.public(), "warnings": app.store.settings.warnings, "restart_needed": app.store.restart_needed()}
+
+
+def setting_given(s):
+    """The parser of a value that a request gives for s."""
+    def parse(value):
+        simple = isinstance(value, (str, int, float)) or isinstance(value, list) and all(isinstance(v, str) for v in value)
+        require(simple, "must be text, a number, true, false or a list of texts")
+        require(s.name != "SPARKCTL_DATA", "says where settings.yaml is, so it cannot stand in it: use the environment or --data")
+        return s.parse(setting_text(value)) if setting_text(value) else s.default
+    return parse
+
+
+def put_settings(app, r):
+    given, store = parse_json(r.body), app.store
+    checked(given, {s.name: setting_given(s) for s in SETTINGS}, "the body")
+    stranger = not is_loopback(store.started["SPARKCTL_BIND"]) and not store.settings["SPARKCTL_API_KEY"]
+    for row in (row for row in store.settings.public() if row["name"] in given):
+        if stranger and SETTING[row["name"]].guarded:
+            raise Refused(403, "setting_protected", f"{row['name']} may be changed only with an API key set, or where sparkctl listens on "
+                          "loopback: set it in the environment or in settings.yaml", name=row["name"])
+        if row["pinned"]:
+            raise Refused(409, "pinned", f"{row['name']} comes from the {row['source']}, which goes first: change it there",
+                          name=row["name"], source=row["source"])
+
+    def change(doc, config):
+        doc.update(given)
+        for name in (n for n, v in given.items() if not setting_text(v)):
+            del doc[name]
+    before, after = store.edit("settings", change)
+    if after is not before:
+        app.events.add("settings_changed", f"{r.client} set {', '.join(sorted(given))}", client=r.client, names=sorted(given))
+    return 200, settings_reply(app)
+
+
 class Route(NamedTuple):
     method: str
     path: str
@@ -4473,9 +4739,13 @@ ROUTES = (
     Route("GET",    "/",                     get_page, open=True),
     Route("GET",    "/healthz",              lambda app, r: (200, {"status": "ok", "version": VERSION}), open=True),
     Route("GET",    "/api/state",            get_state, {"since": line_of(80), "wait": number(0, 55)}),
-    Route("GET",    "/api/models",           lambda app, r: (200, {"models": app.models(app.store.current)})),
-    Route("GET",    "/api/models/{key}",
-          lambda app, r: (200, entry_of({m["key"]: m for m in app.models(app.store.current)}, "model", r.args["key"]))),
+    Route("GET",    "/api/models",
+          lambda app, r: (200, {"models": app.models(app.store.current, r.query.get("hidden", False))}), {"hidden": flag}),
+    Route("POST",   "/api/models",           post_model),
+    Route("GET",    "/api/models/{key}",     lambda app, r: (200, app.model(app.store.current, r.args["key"]))),
+    Route("PUT",    "/api/models/{key}",     put_model, {}, {"hidden": boolean}),
+    Route("DELETE", "/api/models/{key}",     drop_model),
+    Route("PUT",    "/api/models/{key}/knobs", put_knobs),
     Route("GET",    "/api/swap",             lambda app, r: (200, {"running": (s := app.swaps.book.running) and s.public(),
                                                                    "recent": [old.public() for old in app.swaps.recent]})),
     Route("POST",   "/api/swap",             post_swap, WAIT | FORCE, SWAP_BODY),
@@ -4499,8 +4769,8 @@ ROUTES = (
           lambda app, r: (200, {"restarted": r.args["name"], "detail": app.restart(r.args["name"], **right_of(r))}), FORCE),
     Route("GET",    "/api/health/deep",      lambda app, r: (200, app.health())),
     Route("GET",    "/api/events",           lambda app, r: (200, {"events": app.events.since(r.query.get("since", 0))}), SINCE),
-    Route("GET",    "/api/settings",         lambda app, r: (200, {"settings": app.store.settings.public(),
-                                                                   "warnings": app.store.settings.warnings})),
+    Route("GET",    "/api/settings",         lambda app, r: (200, settings_reply(app))),
+    Route("PUT",    "/api/settings",         put_settings),
     Route("GET",    "/v1/models",            get_v1_models),
 )
 
@@ -4856,30 +5126,18 @@ def demo_engine(port, model, *names):
 
 
 def build_settings(args, environ):
-    """Command line and environment -> (Settings, data directory, {name: path of a YAML file})."""
+    """Command line and environment -> (Settings, data directory, {name: path of a YAML file}, what makes Settings of settings.yaml)."""
     flags = {"SPARKCTL_BIND": args.bind, "SPARKCTL_PORT": args.port, "SPARKCTL_DATA": args.data}
     early = parse_settings(environ, {}, flags)
     data_dir = os.path.join(HERE, early["SPARKCTL_DATA"])
-    try:
-        settings = parse_settings(environ, read_yaml(os.path.join(data_dir, "settings.yaml")), flags)
-    except (OSError, ValueError) as e:
-        settings = early._replace(warnings=(*early.warnings, f"settings.yaml cannot be read and is ignored: {e}"))
-    paths = {"models": args.models or os.path.join(HERE, "models.yaml"),
+    parse, settings = (lambda values: parse_settings(environ, values, flags)), early
+    with contextlib.suppress(OSError, ValueError):          # ConfigStore reports it
+        settings = parse(read_yaml(os.path.join(data_dir, "settings.yaml")))
+    paths = {"settings": os.path.join(data_dir, "settings.yaml"),
+             "models": args.models or os.path.join(HERE, "models.yaml"),
              "services": args.services or os.path.join(HERE, "services-overrides.yaml"),
              "overrides": os.path.join(data_dir, settings["MODELS_OVERRIDES"] or "models-overrides.yaml")}
-    return settings, data_dir, paths
-
-
-def exposure(settings, root, allow_root):
-    """What is unwise about who may reach us -> (sentences, whether the first is a refusal)."""
-    bind = settings["SPARKCTL_BIND"]
-    loopback = bind in ("localhost", "::1") or bind.startswith("127.")
-    refused = root and not loopback and not allow_root
-    told = ["root on a non-loopback address is refused; use another user, or --allow-root" if refused else
-            "sparkctl runs as root and needs no root: run it as a user that may ssh to the Sparks"] if root else []
-    if not loopback and not settings["SPARKCTL_API_KEY"]:
-        told.append(f"anybody who reaches {bind} may swap models: set SPARKCTL_API_KEY")
-    return told, refused
+    return settings, data_dir, paths, parse
 
 
 def refuse(why):
@@ -4915,7 +5173,7 @@ def run_check(store, found):
 def serve(store, data_dir, allow_root, demo):
     """Run until SIGTERM or SIGINT -> exit code."""
     settings = store.settings
-    warnings, refused = exposure(settings, os.geteuid() == 0, allow_root)
+    warnings, refused = exposure(settings["SPARKCTL_BIND"], settings["SPARKCTL_API_KEY"], os.geteuid() == 0, allow_root)
     if refused:
         return refuse(warnings[0])
     sys.setswitchinterval(0.0005)               # a busy thread must not delay the relay of tokens
@@ -4936,7 +5194,6 @@ def serve(store, data_dir, allow_root, demo):
         return refuse(f"{data_dir}: another sparkctl uses this data directory")
     except (OSError, ValueError) as e:          # ValueError: an address that no name can be
         return refuse(f"cannot start on {settings['SPARKCTL_BIND']} port {settings['SPARKCTL_PORT']} with data in {data_dir}: {e}")
-    app.warnings[:0] = [] if demo else warnings
     told, tell = socket.socketpair()            # the kernel may give a signal to any thread, and only a byte wakes this one
     tell.setblocking(False)
     signal.set_wakeup_fd(tell.fileno())
@@ -4944,7 +5201,7 @@ def serve(store, data_dir, allow_root, demo):
         signal.signal(number_, lambda *_: None)
     app.start()
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-    for warning in (*settings.warnings, *map(str, store.current.problems), *app.warnings):
+    for warning in (*app.exposed(), *settings.warnings, *map(str, store.current.problems), *app.warnings):
         log(f"warning: {warning}")
     print(f"sparkctl {VERSION} on {Endpoint(*server.server_address[:2]).url}/", flush=True)
     told.recv(1)
@@ -4980,7 +5237,7 @@ def main(argv):
             args.models, args.services = os.path.join(folder, "models.yaml"), os.path.join(folder, "services-overrides.yaml")
             real = re.compile(r"SPARK\d_|VLLM_|LAUNCH_DIR|LOCAL_MODEL_ROOTS|MODELS_OVERRIDES|SPARKCTL_DATA|DISABLED_SERVICES")
             environ = {k: v for k, v in os.environ.items() if not real.match(k)} | demo_setup(folder)
-        settings, data_dir, paths = build_settings(args, environ)
+        settings, data_dir, paths, parse = build_settings(args, environ)
         found = []
         try:
             os.makedirs(data_dir, mode=0o700, exist_ok=True)
@@ -4988,12 +5245,12 @@ def main(argv):
                 raise PermissionError(13, "not readable and writable", data_dir)
         except OSError as e:
             found = [f"the data directory {data_dir} cannot be used: {e.strerror}"]
-        store = ConfigStore(settings, paths)
+        store = ConfigStore(settings, paths, parse)
         if args.command == "serve":
             return refuse(found[0]) if found else serve(store, data_dir, args.allow_root, args.demo)
         if unreadable := [p for p in (args.models, args.services) if p and not os.access(p, os.R_OK)]:
             return refuse(f"{' and '.join(unreadable)} cannot be read")
-        return run_check(store, found + exposure(settings, False, False)[0])
+        return run_check(store, found + exposure(settings["SPARKCTL_BIND"], settings["SPARKCTL_API_KEY"], False)[0])
 
 
 if __name__ == "__main__":
