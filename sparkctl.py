@@ -8,6 +8,7 @@ prompts, and never starts a model that nobody asked for.
     python3 sparkctl.py                 serve the page and the API on 127.0.0.1:9999
     python3 sparkctl.py --demo          the same with two pretended Sparks; needs no hardware
     python3 sparkctl.py check           print settings, catalog, slots and services with every problem (exit 0/1/2)
+    python3 sparkctl.py import-recipe   turn spark-vllm-docker's recipes into models (FILE… [--write])
 
 Contents (each section uses only names from the sections above it; a test proves it)
    1  settings       one table: name, default, parser, help; environment > settings.yaml > default
@@ -208,6 +209,7 @@ SETTINGS = (
     Setting("POLL_SECONDS", "5", number(1, 3600), "time between two looks at a Spark or a slot"),
 )
 SETTING = {s.name: s for s in SETTINGS}
+PINNED = ("command line", "environment")        # where a setting comes from that settings.yaml cannot change
 SECRETS = tuple(s.name for s in SETTINGS if s.secret)
 
 
@@ -225,7 +227,7 @@ class Settings(NamedTuple):
         return [{"name": s.name, "value": ("set" if self[s.name] else "") if s.secret else
                  ",".join(self[s.name]) if isinstance(self[s.name], tuple) else self[s.name],
                  "source": self.sources[s.name], "help": s.help, "secret": s.secret, "default": s.default,
-                 "pinned": self.sources[s.name] in ("command line", "environment"), "restart": s.restart} for s in SETTINGS]
+                 "pinned": self.sources[s.name] in PINNED, "restart": s.restart} for s in SETTINGS]
 
 
 def setting_text(raw):
@@ -745,11 +747,6 @@ class ModelDef:
         """What `vllm serve` is given."""
         return self.local_path or self.repo
 
-    @property
-    def wanted_names(self):
-        """The names that it would answer to if no other model claimed them."""
-        return tuple(dict.fromkeys(filter(None, (self.key, self.repo, *self.aliases))))
-
     def public(self):
         knobs, env = ({k: "***" if SECRETISH.search(k) else v for k, v in pairs} for pairs in (self.knobs, self.env))
         got = {**vars(self), "knobs": knobs, "env": env, "image": self.image or None, "size_gb": self.size_gb or None}
@@ -849,16 +846,19 @@ def parse_model(key, entry, roots, **more):
     return (None if wrong else ModelDef(key, fields.pop("name", key), **fields, **more)), wrong
 
 
+CLAIMED = "the name"            # how the problem begins that only another name mends
+
+
 def claim_names(models, file):
     """Give each model the names its engine will answer to -> (models, problems)."""
     # a name that two models claim would make requests go to either, so neither gets it; a key always stays its own
-    wanted = {m.key: m.wanted_names for m in models.values()}
+    wanted = {m.key: list(dict.fromkeys(filter(None, (m.key, m.repo, *m.aliases)))) for m in models.values()}
     claims = collections.Counter(name for wishes in wanted.values() for name in wishes)
     out, problems = {}, []
     for m in models.values():
         for name in (n for n in wanted[m.key] if claims[n] > 1):
             others = ", ".join(k for k in wanted if k != m.key and name in wanted[k])
-            problems.append(Problem(file, m.key, "", f"the name {name} is claimed by {others} too"))
+            problems.append(Problem(file, m.key, "", f"{CLAIMED} {name} is claimed by {others} too"))
         out[m.key] = dataclasses.replace(m, served_names=tuple(n for n in wanted[m.key] if n == m.key or claims[n] == 1))
     return out, problems
 
@@ -929,11 +929,14 @@ def merge_knobs(knobs, change):
     return {**knobs, **{spelled.get(dashed(k), k): v for k, v in change.items()}}
 
 
+OVERRIDES = {"models": {}, "knobs": {}, "hidden": []}       # sections of the overrides file, and what stands for an absent one
+
+
 def parse_catalog(base, overrides, roots, base_file="models.yaml", overrides_file="models-overrides.yaml"):
     """Two parsed YAML files -> ({key: ModelDef}, the hidden ones too, [Problem]). Pure; never raises for what stands in them."""
     problems, models = [], {}
     shipped, = read_sections(base_file, base, {"models": {}}, problems)
-    own, knobs, hidden = read_sections(overrides_file, overrides, {"models": {}, "knobs": {}, "hidden": []}, problems)
+    own, knobs, hidden = read_sections(overrides_file, overrides, OVERRIDES, problems)
     for file, entries, added in ((base_file, shipped, False), (overrides_file, own, True)):
         for key, entry in entries.items():
             model, wrong = parse_model(key, entry, roots, added=added)
@@ -950,6 +953,99 @@ def parse_catalog(base, overrides, roots, base_file="models.yaml", overrides_fil
             problems.append(Problem(overrides_file, f"knobs.{key}", "", str(e)))
     named, clashes = claim_names({k: m for k, m in models.items() if k not in hidden}, base_file)
     return {k: named.get(k) or dataclasses.replace(m, hidden=True) for k, m in models.items()}, problems + clashes
+
+
+# --- recipes of spark-vllm-docker; what they may hold: its run-recipe.py (load_recipe, generate_launch_script) and recipes/
+
+RECIPE = {"command": "", "defaults": {}, "env": {}, "mods": [], "build_args": []}
+SHARDS_OVER = {"tensor-parallel-size": "-tp", "pipeline-parallel-size": "-pp", "data-parallel-size": "-dp"}
+SHORT_FLAGS = {**{short: name for name, short in SHARDS_OVER.items()}, "-q": "quantization"}
+
+
+def fill_recipe(command, values):
+    """What str.format(**values) makes of plain {names}; nothing else in an untrusted file is evaluated. Raises ValueError."""
+    def part(m):
+        known = isinstance(values.get(m[1]), (str, int, float))
+        require(m[0] in ("{{", "}}") or known, f"the command's {m.string[m.start():m.start() + 40]!r} is not the name of a default")
+        return str(values[m[1]]) if known else m[0][0]
+    return re.sub(r"\{\{|\}\}|\{(\w+)\}|[{}]", part, command)
+
+
+def shell_lines(script):
+    """The simple commands of a shell script as lists of words. Raises ValueError for what is more than simple commands."""
+    # quoted text stays; a continued line goes on after a blank, even if blanks stand behind its backslash; comments go
+    script = re.sub(r"""('[^']*'|"(?:\\.|[^"\\])*")|\\[ \t]*(?:\n|$)|(?<!\S)#.*""", lambda m: m[1] or " ", script)
+    lexer = shlex.shlex(script, posix=True, punctuation_chars=";&|<>()\n")
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters, lines = " \t\r", True, "", [[]]
+    for word in lexer:
+        if word.strip(";&|<>()\n") or not word:
+            lines[-1].append(word)
+        else:
+            require(word.strip("\n") in ("", ";", "&&"), f"the command's {word.strip()} can be run by a shell only")
+            lines.append([])
+    return [line for line in lines if line]
+
+
+def recipe_value(word):
+    """A flag's value as YAML would rather have it, if that becomes the same flag again."""
+    with contextlib.suppress(ValueError, RecursionError):
+        got = json.loads(word)
+        return plain(got) if isinstance(got, dict) or type(got) in (int, float) and str(got) == word else word
+    return word
+
+
+def import_recipe(recipe, sparks):
+    """A recipe, and how many Sparks a cluster has -> (entry of models.yaml, [what it cannot say]). Raises ValueError."""
+    given = [empty if recipe.get(name) is None else recipe[name] for name, empty in RECIPE.items()]
+    for name, value in zip(RECIPE, given):
+        require(isinstance(value, type(RECIPE[name])), f"{name} cannot be a {type(value).__name__}")
+    command, defaults, env, mods, builds = given
+    version, runtime, dynamic = str(recipe.get("recipe_version", "missing")), str(recipe.get("runtime") or "vllm"), re.compile(r"[$`\0]")
+    require(runtime.startswith("vllm"), f"its runtime, {runtime}, is not vLLM")
+    notes = [f"recipe_version is {version}; read as 1"] if version != "1" else []
+    notes += [f"the image must be made with {what}: {' '.join(map(str, wanted))}" for what, wanted in (("mods", mods), ("build_args", builds)) if wanted]
+    unsaid = {k for k, v in env.items() if v is None or dynamic.search(str(v))}
+    notes += [f"env {k} is left out: only a shell knows its value" for k in env if k in unsaid]
+    lines = shell_lines(fill_recipe(command.strip(), {"model": recipe.get("model"), **defaults}))
+    words = next((line[2:] for line in lines if line[:2] == ["vllm", "serve"]), [])
+    require(words and not words[0].startswith("-"), "the command has no `vllm serve MODEL`")
+    notes += [f"left out of the command: {' '.join(line)}" for line in lines if line[2:] != words]
+    model, flags, args, knobs, aliases, shards = words[0], [], [], {}, [], {}
+    for word in words[1:]:
+        flag, equals, value = word.partition("=")
+        if re.match(r"--?[A-Za-z]", word):      # (name or "", values, as it is written)
+            flags.append((SHORT_FLAGS.get(flag, dashed(flag[2:]) if flag[1] == "-" else ""), [value] if equals else [], [word]))
+        else:
+            for place in flags[-1][1:] if flags else [args]:
+                place.append(word)
+    often = collections.Counter(name for name, _, _ in flags)
+    for name, values, written in flags:
+        if dynamic.search(" ".join(values)):
+            notes.append(f"left out, since a shell would change it: {' '.join(written)}")
+        elif name == "gpu-memory-utilization-gb" and not any("gpu-mem-util-gb" in str(mod) for mod in mods):
+            notes.append(f"left out, since it needs the mod gpu-mem-util-gb: {' '.join(written)}; set gpu-memory-utilization")
+        elif name == "served-model-name":
+            aliases += [alias for alias in values if alias not in (model, *aliases)]
+        elif name in SHARDS_OVER:
+            shards[name] = number(1, 64, int)(" ".join(values))
+        elif name in OURS or name in ("host", "distributed-executor-backend"):
+            notes += [f"left out, since sparkctl or the launcher sets it: {' '.join(written)}"] if name in OURS - {"port"} else []
+        elif often[name] > 1 or not KNOB.fullmatch(name):
+            args += written
+        else:
+            knobs[name] = [recipe_value(value) for value in values] if len(values) > 1 else recipe_value(values[0]) if values else True
+    wide = math.prod(shards.values())
+    cluster = not recipe.get("solo_only") and bool(recipe.get("cluster_only") or wide > 1)
+    if cluster and shards and {k: n for k, n in shards.items() if n > 1} != {"tensor-parallel-size": sparks}:
+        knobs |= {"tensor-parallel-size": 1} | shards
+        notes += [f"it is for {wide} Sparks, and a cluster has {sparks} here"] if wide != sparks else []
+    elif wide > 1 and not cluster:
+        notes.append(f"it is for one Spark, so what would spread it over {wide} is left out")
+    said = {k: printable(" ".join(str(recipe.get(k) or "").split()), 1000) for k in ("name", "container", "description")}
+    entry = {"name": said["name"], "local_path" if model.startswith("/") else "repo": model, "mode": "cluster" if cluster else "solo",
+             "aliases": aliases, "image": "" if said["container"] == "vllm-node" else said["container"], "knobs": knobs, "args": args,
+             "env": {str(k): str(v) for k, v in env.items() if k not in unsaid}, "description": said["description"]}
+    return {k: v for k, v in entry.items() if v}, [printable(note, 1000) for note in notes]
 
 
 # === 5 services ===============================================================
@@ -1102,10 +1198,8 @@ class Config(NamedTuple):
 class ConfigStore:
     """Reads the YAML files, again when they change, and edits the two that are ours. A broken file keeps what was last good, and is reported."""
 
-    HEADERS = {"overrides": "# Knobs, models and hidden models on top of models.yaml. Edit it by hand as you like: it is read again\n"
-                            "# when it changes. sparkctl edits it too (page, API, import-recipe), and then comments are lost.\n",
-               "settings": "# Settings as `NAME: value`; README.md lists them. Edit it by hand as you like: it is read again when it\n"
-                           "# changes. sparkctl edits it too (page, API), and then comments are lost.\n"}
+    HEADER = ("# Edit this by hand as you like; it is read again when it changes. sparkctl edits it too (page, API, import-recipe):\n"
+              "# comments are lost then, and the last file that had some is kept beside it as .bak. README.md says what may stand here.\n")
 
     def __init__(self, settings, paths, parse=None):
         self.started = settings                     # fixed: what was in force at the start, for what is read only then
@@ -1122,10 +1216,6 @@ class ConfigStore:
     @property
     def settings(self):
         return self.current.settings
-
-    def restart_needed(self):
-        """Settings that were changed since the start and are read only then."""
-        return [s.name for s in SETTINGS if s.restart and self.settings[s.name] != self.started[s.name]]
 
     def refresh(self):
         """Re-read if a file changed; tells whether a new snapshot was published."""
@@ -1158,37 +1248,38 @@ class ConfigStore:
         return parse_catalog(self._good["models"], overrides, settings["LOCAL_MODEL_ROOTS"],
                              *(os.path.basename(self.paths[name]) for name in ("models", "overrides")))
 
-    def edit(self, what, change):
-        """Let change(mapping, Config) alter what stands in a file of ours at this moment, write it -> (Config before, Config after).
+    def edit(self, what, change, dry=False):
+        """Let change(mapping, Config) alter what stands in a file of ours at this moment, and write it -> (Config before, Config after).
 
-        Raises Refused 409 for a broken file, 422 for what would bring new problems, 503 if it cannot be written, and whatever
-        change raises; then nothing is changed. Blocks for the disk only.
+        Raises Refused 409 for a broken file or a name that is taken, 422 for what would bring other problems, 503 if it
+        cannot be written, and whatever change raises; then, and if dry, nothing is changed. Blocks for the disk only.
         """
         path, data = os.path.realpath(self.paths[what]), b""         # a symlink stays one
         with self._lock:
             self._refresh_locked()
-            before = self.current
+            before, empty = self.current, OVERRIDES if what == "overrides" else {}
             try:
                 with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
                     data = f.read()
                 try:
-                    doc = parse_yaml(data)
+                    doc = {k: v for k, v in parse_yaml(data).items() if v or k not in empty}
+                    was, doc = to_yaml(doc), {**{k: type(v)() for k, v in empty.items()}, **doc}
+                    require(all(isinstance(doc[k], type(v)) for k, v in empty.items()), "models and knobs must be mappings, hidden a list")
                 except ValueError as e:
                     raise Refused(409, what + "_broken", f"{path}: {printable(str(e), 300)}; mend it by hand first", path=path) from None
-                was = to_yaml(doc)
                 change(doc, before)
-                now = to_yaml(doc)
-                if now == was:
+                now = to_yaml(doc := {k: v for k, v in doc.items() if v or k not in empty})
+                known, after = (self._catalog_locked(d, before.settings)[1] if empty else [] for d in (parse_yaml(was.encode()), doc))
+                if worse := sorted((p for p in after if p not in known), key=lambda p: CLAIMED in p.message):
+                    _, entry, field, why = worse[-1]
+                    raise Refused(*((409, "name_taken") if CLAIMED in why else (422, "bad_field")), f"{field or entry}: {why}", field=field or entry.partition(".")[0], problems=list(map(str, worse)))
+                require(len(now) <= 1 << 20 and to_yaml(parse_yaml(now.encode())) == now, "it is too much, or has characters that the file cannot hold")
+                if dry or now == was:
                     return before, before
-                require(len(now) <= 1 << 20 and to_yaml(parse_yaml(now.encode())) == now, "is more than the file can hold")
-                if what == "overrides":
-                    known = self._catalog_locked(parse_yaml(was.encode()), before.settings)[1]
-                    if worse := [str(p) for p in self._catalog_locked(doc, before.settings)[1] if p not in known]:
-                        raise Refused(422, "bad_catalog", f"this would bring a new problem: {worse[0]}", problems=worse)
-                if re.search(r"(^|\s)#", data.decode().removeprefix(self.HEADERS[what]), re.M):      # comments of people, about to be lost
+                if re.search(r"(^|\s)#", data.decode().removeprefix(self.HEADER), re.M):      # comments of people, about to be lost
                     write_atomic(path + ".bak", data)
                 mode = os.stat(path).st_mode & 0o777 if data else 0o600
-                write_atomic(path, (self.HEADERS[what] + now).encode())
+                write_atomic(path, (self.HEADER + now).encode())
                 os.chmod(path, mode)
             except OSError as e:
                 raise Refused(503, what + "_unwritable", f"{path} cannot be written: {e.strerror}; nothing was changed", path=path) from None
@@ -4215,30 +4306,29 @@ class App:
         """A model as GET shows it, a hidden one too. Raises Refused 404."""
         return entry_of({m["key"]: m for m in self.models(config, hidden=True)}, "model", key)
 
-    def use_of(self, key):
-        """What a model is in use for, in words, or "" if for nothing."""
+    def in_use(self, key):
+        """Whether a model is served or being loaded, or a rollback to it may come."""
         book = self.swaps.book
-        for s in filter(None, (book.running, book.waiting)):
-            if key in (s.model, s.from_model, s.previous and s.previous.model):
-                return f"swap {s.id} is about it"
-        slots = [s["name"] for s in self.slots(self.store.current) if s["model"] == key] + [n for n, plan in book.slots.items() if plan.model == key]
-        return f"slot {slots[0]} serves it" if slots else ""
+        swaps = [s for s in (book.running, book.waiting) if s]
+        plans = [plan.model for plan in (*book.slots.values(), *(s.previous for s in swaps)) if plan]
+        return key in (*plans, *(k for s in swaps for k in (s.model, s.from_model)), *(s["model"] for s in self.slots(self.store.current)))
 
     def command(self, config, key):
         """The command line that a swap to the model would run, secrets masked, or why there is none."""
         model = (config.models | config.hidden)[key]
         try:
             slot = config.layout.slots.get(self.model(config, key)["serving_on"]) or pick_slot(config, None)
+            require(not model.hidden, "it is hidden")
             require(model.mode == "solo" or len(slot.hosts) > 1, f"it is a cluster model, and slot {slot.name} has one Spark")
             return make_plan(model, slot, config).shown
         except (Refused, ValueError) as e:
             return f"cannot be launched: {e}"
 
     def edit_models(self, r, key, said, change):
-        """Change the overrides file, tell it if it was one -> (Config before, Config after). Raises Refused as ConfigStore.edit does."""
+        """ConfigStore.edit of the overrides file, told as an event if it changed something."""
         before, after = self.store.edit("overrides", change)
         if after is not before:
-            self.events.add("catalog_changed", f"{r.client} {said}", client=r.client, model=key)
+            self.events.add("catalog_changed", f"{r.client} {said} {key}", client=r.client, model=key)
         return before, after
 
     def services(self, config):
@@ -4597,124 +4687,99 @@ def get_v1_models(app, r):
         for slot, served in app.views().items() for name in served]}
 
 
-def section(doc, name, empty):
-    """A copy of what stands under name in the overrides file, to be changed and put back. Raises Refused 409 if it is of another type."""
-    if not isinstance(doc.get(name) or empty, type(empty)):
-        raise Refused(409, "overrides_broken", f"{name} must be a {'list' if empty == [] else 'mapping'}; mend the file by hand first")
-    return type(empty)(doc.get(name) or empty)
-
-
-def refuse_clash(model, config):
-    """Raises Refused 409 if another model is found by one of the model's names."""
-    for other in config.models.values():
-        for name in (n for n in model.wanted_names if n in other.wanted_names and other.key != model.key):
-            raise Refused(409, "name_taken", f"the name {name} is that of {other.key} already", name=name, model=other.key)
-
-
 def add_model(doc, config, key, entry):
-    """Add an entry to the overrides file's mapping. Raises Refused 409, 422."""
-    model, wrong = parse_model(key, entry, config.settings["LOCAL_MODEL_ROOTS"], added=True)
-    for field, message in wrong:
-        raise Refused(422, "bad_field" if field in entry and "is not a field" not in message else "unknown_field" if field else "bad_field",
-                      f"{field or 'the model'} {message}", field=field or "repo")
-    added = section(doc, "models", {})
-    if key in added or key in config.models or key in config.hidden:
-        raise Refused(409, "model_exists", f"there is a model {key} already{' (hidden)' if key in config.hidden else ''}", model=key)
-    refuse_clash(model, config)
-    doc["models"] = {**added, key: entry}
+    """Add an entry to the overrides file's mapping; ConfigStore.edit judges it. Raises Refused 409."""
+    if key in (*doc["models"], *config.models, *config.hidden):
+        raise Refused(409, "model_exists", f"there is a model {key} already{', hidden' if key in config.hidden else ''}", model=key)
+    doc["models"][key] = entry
 
 
 def post_model(app, r):
     entry = {k: v for k, v in parse_json(r.body).items() if v is not None}
     needed(entry, "key")
     key = checked({"key": entry.pop("key")}, {"key": matching(KEY.pattern, f"must match {KEY.pattern}")}, "the body")["key"]
-    _, config = app.edit_models(r, key, f"added {key}", lambda doc, config: add_model(doc, config, key, entry))
+    _, config = app.edit_models(r, key, "added", lambda doc, config: add_model(doc, config, key, entry))
     return 201, app.model(config, key), {"Location": f"/api/models/{key}"}
 
 
 def refuse_used(app, key):
-    if use := app.use_of(key):
-        raise Refused(409, "model_serving", f"{key} is in use: {use}; serve another model or unload first", model=key)
+    if app.in_use(key):
+        raise Refused(409, "model_serving", f"{key} is served or being loaded: serve another model or unload first", model=key)
 
 
 def drop_model(app, r):
     key = r.args["key"]
     if not app.model(app.store.current, key)["added"]:
-        raise Refused(409, "not_added", f'{key} stands in models.yaml, which sparkctl never writes; hide it: PUT /api/models/{key} {{"hidden": true}}')
+        raise Refused(409, "not_added", f'{key} stands in models.yaml, which is yours to edit; to hide it PUT /api/models/{key} {{"hidden": true}}')
     refuse_used(app, key)
 
     def change(doc, config):
-        doc.update({name: {k: v for k, v in section(doc, name, {}).items() if k != key} for name in ("models", "knobs") if name in doc})
-        doc.update({"hidden": [k for k in section(doc, "hidden", []) if k != key]} if "hidden" in doc else {})
-    app.edit_models(r, key, f"removed {key}", change)
+        doc.update({name: {k: v for k, v in doc[name].items() if k != key} for name in ("models", "knobs")})
+        doc["hidden"] = [k for k in doc["hidden"] if k != key]
+    app.edit_models(r, key, "removed", change)
     return 200, {"deleted": key}
 
 
 def put_model(app, r):
     needed(r.json, "hidden")
     key, hide = r.args["key"], r.json["hidden"]
-    if hide and not app.model(app.store.current, key)["hidden"]:
+    if not app.model(app.store.current, key)["hidden"] and hide:
         refuse_used(app, key)
 
     def change(doc, config):
-        model, others = entry_of(config.models | config.hidden, "model", key), [k for k in section(doc, "hidden", []) if k != key]
-        if not hide:
-            refuse_clash(model, config)
-        doc["hidden"] = others + [key] * hide
-    _, config = app.edit_models(r, key, f"{'hid' if hide else 'showed'} {key}", change)
-    return 200, app.model(config, key)
+        doc["hidden"] = [k for k in doc["hidden"] if k != key] + ([key] if hide else [])
+    return 200, app.model(app.edit_models(r, key, "hid" if hide else "showed", change)[1], key)
 
 
 def put_knobs(app, r):
     key, given = r.args["key"], parse_json(r.body)
-    checked({"knobs": given}, {"knobs": parse_knobs}, "the body")
+    app.model(app.store.current, key)
     dropped = {dashed(k) for k, v in given.items() if v is None}
 
     def change(doc, config):
-        entry_of(config.models | config.hidden, "model", key)
-        knobs = section(doc, "knobs", {})
-        mine = {k: v for k, v in merge_knobs(section(knobs, key, {}), given).items() if dashed(str(k)) not in dropped}
-        doc["knobs"] = {k: v for k, v in {**knobs, key: mine}.items() if v or k != key}
-    before, after = app.edit_models(r, key, f"changed knobs of {key}: {', '.join(given)}", change)
-    effect = "at the next load; until then it serves with the old ones (POST /api/swap with restart: true)" if app.use_of(key) else \
-        "at once: the next swap to it uses them"
-    return 200, {**app.model(after, key), "before": app.command(before, key), "after": app.command(after, key), "takes_effect": effect}
+        old = doc["knobs"].get(key)
+        mine = {k: v for k, v in merge_knobs(old if isinstance(old, dict) else {}, given).items() if dashed(str(k)) not in dropped}
+        doc["knobs"] = {k: v for k, v in {**doc["knobs"], key: mine}.items() if v or k != key}
+    before, after = app.edit_models(r, key, f"changed knobs ({', '.join(given)}) of", change)
+    return 200, {**app.model(after, key), "before": app.command(before, key), "after": app.command(after, key), "takes_effect":
+                 "at the next load; until then it serves with the old ones (POST /api/swap with restart: true loads it again)"
+                 if app.in_use(key) else "at once: the next swap to it uses them"}
 
 
-def settings_reply(app):
-    return {"settings": app.store.settings.public(), "warnings": app.store.settings.warnings, "restart_needed": app.store.restart_needed()}
-
-
-def setting_given(s):
-    """The parser of a value that a request gives for s."""
-    def parse(value):
-        simple = isinstance(value, (str, int, float)) or isinstance(value, list) and all(isinstance(v, str) for v in value)
-        require(simple, "must be text, a number, true, false or a list of texts")
-        require(s.name != "SPARKCTL_DATA", "says where settings.yaml is, so it cannot stand in it: use the environment or --data")
-        return s.parse(setting_text(value)) if setting_text(value) else s.default
-    return parse
+def get_settings(app, r):
+    store, settings = app.store, app.store.settings
+    return 200, {"settings": settings.public(), "warnings": settings.warnings,
+                 "restart_needed": [s.name for s in SETTINGS if s.restart and settings[s.name] != store.started[s.name]]}
 
 
 def put_settings(app, r):
     given, store = parse_json(r.body), app.store
-    checked(given, {s.name: setting_given(s) for s in SETTINGS}, "the body")
     stranger = not is_loopback(store.started["SPARKCTL_BIND"]) and not store.settings["SPARKCTL_API_KEY"]
-    for row in (row for row in store.settings.public() if row["name"] in given):
-        if stranger and SETTING[row["name"]].guarded:
-            raise Refused(403, "setting_protected", f"{row['name']} may be changed only with an API key set, or where sparkctl listens on "
-                          "loopback: set it in the environment or in settings.yaml", name=row["name"])
-        if row["pinned"]:
-            raise Refused(409, "pinned", f"{row['name']} comes from the {row['source']}, which goes first: change it there",
-                          name=row["name"], source=row["source"])
+
+    def parser(s):
+        def parse(value):
+            parts = value if isinstance(value, list) else [value]
+            require(not any(isinstance(part, (dict, list)) for part in parts), "must be text, a number, true, false or a list of texts")
+            require(s.name != "SPARKCTL_DATA", "says where settings.yaml is, so it cannot stand in it: use the environment or --data")
+            return s.parse(setting_text(value) or s.default)
+        return parse
+    checked(given, {s.name: parser(s) for s in SETTINGS}, "the body")
+    for name in given:
+        source = store.settings.sources[name]
+        if stranger and SETTING[name].guarded:
+            raise Refused(403, "setting_protected", f"{name} can be changed with an API key only, or where sparkctl listens on loopback: "
+                          "set it in the environment or in settings.yaml", name=name)
+        if source in PINNED:
+            raise Refused(409, "pinned", f"{name} comes from the {source}, which goes first: change it there", name=name, source=source)
 
     def change(doc, config):
         doc.update(given)
-        for name in (n for n, v in given.items() if not setting_text(v)):
+        for name in (name for name, value in given.items() if not setting_text(value)):
             del doc[name]
     before, after = store.edit("settings", change)
     if after is not before:
         app.events.add("settings_changed", f"{r.client} set {', '.join(sorted(given))}", client=r.client, names=sorted(given))
-    return 200, settings_reply(app)
+    return get_settings(app, r)
 
 
 class Route(NamedTuple):
@@ -4769,7 +4834,7 @@ ROUTES = (
           lambda app, r: (200, {"restarted": r.args["name"], "detail": app.restart(r.args["name"], **right_of(r))}), FORCE),
     Route("GET",    "/api/health/deep",      lambda app, r: (200, app.health())),
     Route("GET",    "/api/events",           lambda app, r: (200, {"events": app.events.since(r.query.get("since", 0))}), SINCE),
-    Route("GET",    "/api/settings",         lambda app, r: (200, settings_reply(app))),
+    Route("GET",    "/api/settings",         get_settings),
     Route("PUT",    "/api/settings",         put_settings),
     Route("GET",    "/v1/models",            get_v1_models),
 )
@@ -5170,6 +5235,38 @@ def run_check(store, found):
     return 1 if found else 0
 
 
+def run_import(store, files, write):
+    """Recipes as catalog entries: printed, or added to the overrides file -> exit code 0; 1 if one is not imported, 2 if one cannot be read."""
+    status, done = 0, set()
+    for path in files:
+        key = re.sub(r"[^a-z0-9._-]+", "-", re.sub(r"\.ya?ml$", "", os.path.basename(path).lower())).strip("-._")[:64]
+        try:
+            with open(path, "rb") as f:
+                data, notes = f.read(1 << 20), []
+            try:
+                recipe = parse_yaml(data)
+            except ValueError as e:             # a real recipe gives `container` twice
+                require("given twice" in str(e), str(e))
+                recipe, notes = parse_yaml(data, yaml.SafeLoader), [f"{e}; the last one counts"]
+            entry, more = import_recipe(recipe, max(2, len(store.sparks)))
+            require(key not in done, f"{key} was imported from another file already")
+            try:
+                store.edit("overrides", lambda doc, config, key=key, entry=entry: add_model(doc, config, key, entry), dry=not write)
+            except Refused as e:
+                require(e.status == 409 and not write, str(e))
+                more.append(str(e))
+        except (OSError, ValueError) as e:
+            status = max(status, 2 if isinstance(e, OSError) else 1)
+            print(f"{printable(path, 300)}: not imported: {printable(getattr(e, 'strerror', None) or str(e), 500)}", file=sys.stderr)
+            continue
+        done.add(key)
+        for note in notes + more:
+            print(f"{printable(path, 300)}: {note}", file=sys.stderr)
+        told = "".join(f"# {line}\n" for line in (printable(path, 300) + (", added" if write else ", to paste under `models:`"), *notes, *more))
+        print(re.sub("(?m)^(?=.)", "  ", told + to_yaml({key: entry})), end="")
+    return status
+
+
 def serve(store, data_dir, allow_root, demo):
     """Run until SIGTERM or SIGINT -> exit code."""
     settings = store.settings
@@ -5215,8 +5312,11 @@ def main(argv):
     if argv[:1] == ["demo-engine"]:
         return demo_engine(*argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Every setting is an environment variable: see README.md")
-    parser.add_argument("command", nargs="?", choices=("serve", "check"), default="serve",
-                        help="serve (the default): run; check: print what is in force, with every problem")
+    parser.add_argument("command", nargs="?", choices=("serve", "check", "import-recipe"), default="serve",
+                        help="serve (the default): run; check: print what is in force, with every problem; "
+                        "import-recipe: turn recipes of spark-vllm-docker into models")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="recipes to import")
+    parser.add_argument("--write", action="store_true", help="add imported models to the overrides file instead of printing them")
     parser.add_argument("--version", action="version", version=f"sparkctl {VERSION}")
     parser.add_argument("--bind", metavar="A", help="address to listen on")
     parser.add_argument("--port", metavar="N", help="port to listen on")
@@ -5225,7 +5325,9 @@ def main(argv):
     parser.add_argument("--services", metavar="FILE", help="instead of services-overrides.yaml beside the script")
     parser.add_argument("--demo", action="store_true", help="two pretended Sparks on this machine; needs no hardware")
     parser.add_argument("--allow-root", action="store_true", help="run as root on a non-loopback address all the same")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if bool(args.files) != (args.command == "import-recipe") or args.write and not args.files:
+        parser.error("FILE and --write belong to import-recipe, which needs a FILE")
     for wrong in parse_settings({}, flags={"SPARKCTL_BIND": args.bind, "SPARKCTL_PORT": args.port}).warnings:
         parser.error(wrong.removesuffix("; using the next source"))
     os.umask(0o077)
@@ -5250,6 +5352,8 @@ def main(argv):
             return refuse(found[0]) if found else serve(store, data_dir, args.allow_root, args.demo)
         if unreadable := [p for p in (args.models, args.services) if p and not os.access(p, os.R_OK)]:
             return refuse(f"{' and '.join(unreadable)} cannot be read")
+        if args.command == "import-recipe":
+            return refuse(found[0]) if found and args.write else run_import(store, args.files, args.write)
         return run_check(store, found + exposure(settings["SPARKCTL_BIND"], settings["SPARKCTL_API_KEY"], False)[0])
 
 
