@@ -2295,6 +2295,16 @@ def pids_of(command):
     return found
 
 
+def test_the_readmes_edits_work_on_the_demo(start):
+    need(shutil.which("curl"), "curl")
+    p = start(args=("--demo",))
+    block = next(b for b in re.findall(r"```sh\n(.*?)```", README, re.S) if "/knobs" in b)
+    for line in block.replace("localhost:9999", f"127.0.0.1:{p.port}").splitlines():
+        got = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=20)
+        assert got.returncode == 0 and '"error"' not in got.stdout, (line, got.stdout)
+    assert setting(p.get("/api/settings").json, "HOLD_SECONDS")["value"] == 120 and '"hidden": true' in got.stdout or p.get("/api/models/mine").status == 200
+
+
 def test_the_webhook_check_of_the_readme_is_right():
     names = {"hmac": hmac}
     exec(re.search(r"```python\n(.*?)```", README, re.S)[1], names)
@@ -2303,9 +2313,9 @@ def test_the_webhook_check_of_the_readme_is_right():
 
 
 def test_the_readmes_example_files_load_without_a_problem():
-    models, services = (yaml.load(block, sc.LoudLoader) for block in re.findall(r"```yaml\n(.*?)```", README, re.S))
+    models, services, overrides = (yaml.load(block, sc.LoudLoader) for block in re.findall(r"```yaml\n(.*?)```", README, re.S))
     settings = sc.parse_settings({})
-    assert sc.parse_catalog(models, {}, settings["LOCAL_MODEL_ROOTS"])[1] == []
+    assert sc.parse_catalog(models, overrides, settings["LOCAL_MODEL_ROOTS"])[1] == []
     assert sc.parse_layout(services, TWO, settings)[1] == []
 
 
