@@ -263,10 +263,6 @@ def parse_settings(env, file_values=None, flags=None, file_label="settings.yaml"
     return Settings(values, sources, tuple(warnings))
 
 
-def is_loopback(bind):
-    return bind in ("localhost", "::1") or bind.startswith("127.")
-
-
 # === 2 small helpers ==========================================================
 # Refusals carry their HTTP status; section 14 turns them into {"error": {...}}. Files are written whole or not at all.
 
@@ -846,9 +842,6 @@ def parse_model(key, entry, roots, **more):
     return (None if wrong else ModelDef(key, fields.pop("name", key), **fields, **more)), wrong
 
 
-CLAIMED = "the name"            # how the problem begins that only another name mends
-
-
 def claim_names(models, file):
     """Give each model the names its engine will answer to -> (models, problems)."""
     # a name that two models claim would make requests go to either, so neither gets it; a key always stays its own
@@ -858,7 +851,7 @@ def claim_names(models, file):
     for m in models.values():
         for name in (n for n in wanted[m.key] if claims[n] > 1):
             others = ", ".join(k for k in wanted if k != m.key and name in wanted[k])
-            problems.append(Problem(file, m.key, "", f"{CLAIMED} {name} is claimed by {others} too"))
+            problems.append(Problem(file, m.key, "served_names", f"the name {name} is claimed by {others} too"))
         out[m.key] = dataclasses.replace(m, served_names=tuple(n for n in wanted[m.key] if n == m.key or claims[n] == 1))
     return out, problems
 
@@ -919,17 +912,13 @@ def read_sections(file, doc, known, problems):
         yield doc.get(name) or empty if fits else empty
 
 
-def dashed(flag_name):
-    return flag_name.replace("_", "-")
+def respelled(change, known):
+    """Knobs with each name as known spells it: with _ or - it is the same flag."""
+    spelled = {name.replace("_", "-"): name for name in known}
+    return {spelled.get(name.replace("_", "-"), name): value for name, value in change.items()}
 
 
-def merge_knobs(knobs, change):
-    """Mapping knobs with change on top of it; a name that differs in _ and - only is the same flag."""
-    spelled = {dashed(str(k)): k for k in knobs}
-    return {**knobs, **{spelled.get(dashed(k), k): v for k, v in change.items()}}
-
-
-OVERRIDES = {"models": {}, "knobs": {}, "hidden": []}       # sections of the overrides file, and what stands for an absent one
+OVERRIDES = {"models": {}, "knobs": {}, "hidden": []}       # sections of the overrides file, and what an absent one counts as
 
 
 def parse_catalog(base, overrides, roots, base_file="models.yaml", overrides_file="models-overrides.yaml"):
@@ -946,9 +935,10 @@ def parse_catalog(base, overrides, roots, base_file="models.yaml", overrides_fil
     for key, change in knobs.items():
         try:
             require(key in models, "is not a model of the catalog")
-            merged, changed = merge_knobs(dict(models[key].knobs), dict(parse_knobs(change))), {dashed(str(k)) for k in change}
-            models[key] = dataclasses.replace(models[key], knobs=tuple((k, v) for k, v in merged.items() if v is not None),
-                                              overridden=tuple(k for k in merged if dashed(k) in changed))
+            base = dict(models[key].knobs)
+            change = respelled(dict(parse_knobs(change)), base)
+            merged = tuple((k, v) for k, v in {**base, **change}.items() if v is not None)
+            models[key] = dataclasses.replace(models[key], knobs=merged, overridden=tuple(change))
         except ValueError as e:
             problems.append(Problem(overrides_file, f"knobs.{key}", "", str(e)))
     named, clashes = claim_names({k: m for k, m in models.items() if k not in hidden}, base_file)
@@ -1014,7 +1004,7 @@ def import_recipe(recipe, sparks):
     for word in words[1:]:
         flag, equals, value = word.partition("=")
         if re.match(r"--?[A-Za-z]", word):      # (name or "", values, as it is written)
-            flags.append((SHORT_FLAGS.get(flag, dashed(flag[2:]) if flag[1] == "-" else ""), [value] if equals else [], [word]))
+            flags.append((SHORT_FLAGS.get(flag, flag[2:].replace("_", "-") if flag[1] == "-" else ""), [value] if equals else [], [word]))
         else:
             for place in flags[-1][1:] if flags else [args]:
                 place.append(word)
@@ -1262,17 +1252,19 @@ class ConfigStore:
                 with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
                     data = f.read()
                 try:
-                    doc = {k: v for k, v in parse_yaml(data).items() if v or k not in empty}
-                    was, doc = to_yaml(doc), {**{k: type(v)() for k, v in empty.items()}, **doc}
+                    doc = {**{k: type(v)() for k, v in empty.items()}, **{k: v for k, v in parse_yaml(data).items() if v is not None}}
                     require(all(isinstance(doc[k], type(v)) for k, v in empty.items()), "models and knobs must be mappings, hidden a list")
                 except ValueError as e:
                     raise Refused(409, what + "_broken", f"{path}: {printable(str(e), 300)}; mend it by hand first", path=path) from None
+                was = to_yaml(doc)
+                known = self._catalog_locked(doc, before.settings)[1] if empty else []
                 change(doc, before)
-                now = to_yaml(doc := {k: v for k, v in doc.items() if v or k not in empty})
-                known, after = (self._catalog_locked(d, before.settings)[1] if empty else [] for d in (parse_yaml(was.encode()), doc))
-                if worse := sorted((p for p in after if p not in known), key=lambda p: CLAIMED in p.message):
+                now = to_yaml(doc)
+                after = self._catalog_locked(doc, before.settings)[1] if empty else []
+                if worse := sorted((p for p in after if p not in known), key=lambda p: p.field == "served_names"):
                     _, entry, field, why = worse[-1]
-                    raise Refused(*((409, "name_taken") if CLAIMED in why else (422, "bad_field")), f"{field or entry}: {why}", field=field or entry.partition(".")[0], problems=list(map(str, worse)))
+                    code = (409, "name_taken") if field == "served_names" else (422, "bad_field")
+                    raise Refused(*code, f"{field or entry}: {why}", field=field or entry.partition(".")[0], problems=list(map(str, worse)))
                 require(len(now) <= 1 << 20 and to_yaml(parse_yaml(now.encode())) == now, "it is too much, or has characters that the file cannot hold")
                 if dry or now == was:
                     return before, before
@@ -4224,7 +4216,7 @@ JOB_ACTIONS = {"swap": job_locked(job_swap), "health": job_health,
 
 def exposure(bind, key, root, allow_root=True):
     """What is unwise about who may reach us -> (sentences, whether the first is a refusal)."""
-    loopback = is_loopback(bind)
+    loopback = bind in ("localhost", "::1") or bind.startswith("127.")
     refused = root and not loopback and not allow_root
     told = ["root on a non-loopback address is refused; use another user, or --allow-root" if refused else
             "sparkctl runs as root and needs no root: run it as a user that may ssh to the Sparks"] if root else []
@@ -4734,12 +4726,13 @@ def put_model(app, r):
 def put_knobs(app, r):
     key, given = r.args["key"], parse_json(r.body)
     app.model(app.store.current, key)
-    dropped = {dashed(k) for k, v in given.items() if v is None}
 
     def change(doc, config):
         old = doc["knobs"].get(key)
-        mine = {k: v for k, v in merge_knobs(old if isinstance(old, dict) else {}, given).items() if dashed(str(k)) not in dropped}
-        doc["knobs"] = {k: v for k, v in {**doc["knobs"], key: mine}.items() if v or k != key}
+        old = {str(k): v for k, v in old.items()} if isinstance(old, dict) else {}
+        new = respelled(given, [*dict((config.models | config.hidden)[key].knobs), *old])
+        left = {k: v for k, v in {**old, **new}.items() if k not in new or v is not None}
+        doc["knobs"] = {k: v for k, v in {**doc["knobs"], key: left}.items() if v or k != key}
     before, after = app.edit_models(r, key, f"changed knobs ({', '.join(given)}) of", change)
     return 200, {**app.model(after, key), "before": app.command(before, key), "after": app.command(after, key), "takes_effect":
                  "at the next load; until then it serves with the old ones (POST /api/swap with restart: true loads it again)"
@@ -4754,7 +4747,7 @@ def get_settings(app, r):
 
 def put_settings(app, r):
     given, store = parse_json(r.body), app.store
-    stranger = not is_loopback(store.started["SPARKCTL_BIND"]) and not store.settings["SPARKCTL_API_KEY"]
+    stranger = exposure(store.started["SPARKCTL_BIND"], store.settings["SPARKCTL_API_KEY"], root=False)[0]
 
     def parser(s):
         def parse(value):

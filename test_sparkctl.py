@@ -2302,7 +2302,8 @@ def test_the_readmes_edits_work_on_the_demo(start):
     for line in block.replace("localhost:9999", f"127.0.0.1:{p.port}").splitlines():
         got = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=20)
         assert got.returncode == 0 and '"error"' not in got.stdout, (line, got.stdout)
-    assert setting(p.get("/api/settings").json, "HOLD_SECONDS")["value"] == 120 and '"hidden": true' in got.stdout or p.get("/api/models/mine").status == 200
+    assert setting(p.get("/api/settings").json, "HOLD_SECONDS")["value"] == 120 and p.get("/api/models/mine").status == 200
+    assert (shown := p.get("/api/models/tiny-chat").json)["hidden"] and shown["overridden"] == ["max-model-len"]
 
 
 def test_the_webhook_check_of_the_readme_is_right():
@@ -2721,14 +2722,14 @@ def test_knobs_are_changed_left_out_and_given_back_and_the_command_line_follows(
     assert got.json["knobs"] == {"max-model-len": 8192, "gpu-memory-utilization": False, "speculative-config": {"method": "mtp"}}
     assert "--max-model-len 4096 --gpu-memory-utilization 0.5" in got.json["before"] and "launch-cluster.sh" in got.json["before"]
     assert "--max-model-len 8192 --speculative-config '{\"method\": \"mtp\"}'" in got.json["after"] and "utilization" not in got.json["after"]
-    assert got.json["overridden"] == ["max-model-len", "gpu-memory-utilization", "speculative-config"] and got.json["takes_effect"].startswith("at once")
+    assert got.json["overridden"] == ["max-model-len", "speculative-config", "gpu-memory-utilization"] and got.json["takes_effect"].startswith("at once")
     event = two.get("/api/events").json["events"][0]
     assert (event["kind"], event["client"], event["model"]) == ("catalog_changed", "127.0.0.1", "alpha") and "max_model_len" in event["text"]
     assert two.get("/api/models/alpha").json == {k: v for k, v in got.json.items() if k not in ("before", "after", "takes_effect")}
     two.restart()
     assert two.get("/api/models").json["models"][0]["overridden"] == got.json["overridden"]
     back = two.call("PUT", "/api/models/alpha/knobs", {"max-model-len": None, "gpu_memory_utilization": None, "speculative-config": None}).json
-    assert (back["knobs"], back["overridden"], overrides_of(two)) == ({"max-model-len": 4096, "gpu-memory-utilization": 0.5}, [], {})
+    assert (back["knobs"], back["overridden"], overrides_of(two)) == ({"max-model-len": 4096, "gpu-memory-utilization": 0.5}, [], sc.OVERRIDES)
     for n in (4, 5):
         assert two.swap("alpha", restart=True).status == 200
         assert two.call("PUT", "/api/models/alpha/knobs", {"max-num-seqs": n}).json["takes_effect"].startswith("at the next load")
@@ -2782,7 +2783,7 @@ def test_a_model_is_added_by_repo_or_path_served_and_removed(two):
         assert (refused.status, refused.code) == (409, "model_serving")
     assert two.swap("alpha").status == 200
     assert two.call("PUT", "/api/models/extra/knobs", {"z": 1}).status == two.call("PUT", "/api/models/extra", {"hidden": True}).status == 200
-    assert two.call("DELETE", "/api/models/extra").json == {"deleted": "extra"} and overrides_of(two) == {}
+    assert two.call("DELETE", "/api/models/extra").json == {"deleted": "extra"} and overrides_of(two) == sc.OVERRIDES
     assert two.get("/api/models/extra").status == 404
     assert two.post("/api/models", {"key": "extra", "local_path": f"{two.rig.local}-2"}).status == 201
 
@@ -2822,7 +2823,7 @@ def test_a_shipped_model_is_not_removed_but_hidden_and_brought_back(two):
     assert two.call("DELETE", "/api/models/beta").code == "not_added"
     for _ in range(2):
         assert two.call("PUT", "/api/models/beta", {"hidden": True}).json["hidden"] is True
-    assert "beta" not in [m["key"] for m in two.get("/api/models").json["models"]] and overrides_of(two) == {"hidden": ["beta"]}
+    assert "beta" not in [m["key"] for m in two.get("/api/models").json["models"]] and overrides_of(two) == {**sc.OVERRIDES, "hidden": ["beta"]}
     assert [m["key"] for m in two.get("/api/models?hidden=true").json["models"] if m["hidden"]] == ["beta"]
     assert two.swap("beta").status == 404 and two.call("PUT", "/api/models/beta/knobs", {"x": 1}).json["after"] == "cannot be launched: it is hidden"
     assert two.post("/api/models", {"key": "beta", "repo": "a/b"}).code == "model_exists"
@@ -2854,7 +2855,7 @@ def test_what_people_wrote_into_the_overrides_file_is_kept_and_its_comments_in_a
     assert path.is_symlink() and real.stat().st_mode & 0o777 == 0o664 and (two.data / "real.yaml.bak").read_text() == mine
     text = real.read_text()
     assert text.startswith("# Edit this by hand") and "\n  beta:\n    c: 3\n" in text
-    assert yaml.safe_load(text) == {**yaml.safe_load(mine), "knobs": {"gone": {"a": 1}, "beta": {"c": 3}, "alpha": {"b": 2}}}
+    assert yaml.safe_load(text) == {"models": {}, **yaml.safe_load(mine), "knobs": {"gone": {"a": 1}, "beta": {"c": 3}, "alpha": {"b": 2}}}
     assert two.call("PUT", "/api/models/alpha/knobs", {"b": 3}).status == 200 and (two.data / "real.yaml.bak").read_text() == mine
     before = real.stat().st_mtime_ns
     assert two.call("PUT", "/api/models/alpha/knobs", {"b": 3}).status == 200 and real.stat().st_mtime_ns == before      # nothing to do
