@@ -961,19 +961,15 @@ def fill_recipe(command, values):
     return re.sub(r"\{\{|\}\}|\{(\w+)\}|[{}]", part, command)
 
 
-def shell_lines(script):
-    """The simple commands of a shell script as lists of words. Raises ValueError for what is more than simple commands."""
-    # quoted text stays; a continued line goes on after a blank, even if blanks stand behind its backslash; comments go
-    script = re.sub(r"""('[^']*'|"(?:\\.|[^"\\])*")|\\[ \t]*(?:\n|$)|(?<!\S)#.*""", lambda m: m[1] or " ", script)
+def shell_words(script):
+    """The words of a shell script that is one simple command. Raises ValueError for any other."""
+    # quoted text stays; a continued line goes on, even if blanks stand behind its backslash; comments go
+    script = re.sub(r"""('[^']*'|"(?:\\.|[^"\\])*")|\\[ \t]*(?:\n|$)|(?<!\S)#.*""", lambda m: m[1] or " ", script).strip()
     lexer = shlex.shlex(script, posix=True, punctuation_chars=";&|<>()\n")
-    lexer.whitespace, lexer.whitespace_split, lexer.commenters, lines = " \t\r", True, "", [[]]
-    for word in lexer:
-        if word.strip(";&|<>()\n") or not word:
-            lines[-1].append(word)
-        else:
-            require(word.strip("\n") in ("", ";", "&&"), f"the command's {word.strip()} can be run by a shell only")
-            lines.append([])
-    return [line for line in lines if line]
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
+    for word in (words := list(lexer)):
+        require(not word or word.strip(";&|<>()\n"), f"the command is more than one simple command: {'a new line' if word.isspace() else word} in it")
+    return words
 
 
 def recipe_value(word):
@@ -996,12 +992,10 @@ def import_recipe(recipe, sparks):
     notes += [f"the image must be made with {what}: {' '.join(map(str, wanted))}" for what, wanted in (("mods", mods), ("build_args", builds)) if wanted]
     unsaid = {k for k, v in env.items() if v is None or dynamic.search(str(v))}
     notes += [f"env {k} is left out: only a shell knows its value" for k in env if k in unsaid]
-    lines = shell_lines(fill_recipe(command.strip(), {"model": recipe.get("model"), **defaults}))
-    words = next((line[2:] for line in lines if line[:2] == ["vllm", "serve"]), [])
-    require(words and not words[0].startswith("-"), "the command has no `vllm serve MODEL`")
-    notes += [f"left out of the command: {' '.join(line)}" for line in lines if line[2:] != words]
-    model, flags, args, knobs, aliases, shards = words[0], [], [], {}, [], {}
-    for word in words[1:]:
+    words = shell_words(fill_recipe(command.strip(), {"model": recipe.get("model"), **defaults}))
+    require(words[:2] == ["vllm", "serve"] and len(words) > 2 and words[2][:1] != "-", "the command does not begin with `vllm serve MODEL`")
+    model, flags, args, knobs, aliases, shards = words[2], [], [], {}, [], {}
+    for word in words[3:]:
         flag, equals, value = word.partition("=")
         if re.match(r"--?[A-Za-z]", word):      # (name or "", values, as it is written)
             flags.append((SHORT_FLAGS.get(flag, flag[2:].replace("_", "-") if flag[1] == "-" else ""), [value] if equals else [], [word]))
@@ -1010,16 +1004,17 @@ def import_recipe(recipe, sparks):
                 place.append(word)
     often = collections.Counter(name for name, _, _ in flags)
     for name, values, written in flags:
-        if dynamic.search(" ".join(values)):
-            notes.append(f"left out, since a shell would change it: {' '.join(written)}")
-        elif name == "gpu-memory-utilization-gb" and not any("gpu-mem-util-gb" in str(mod) for mod in mods):
-            notes.append(f"left out, since it needs the mod gpu-mem-util-gb: {' '.join(written)}; set gpu-memory-utilization")
+        why = "a shell would change it" if dynamic.search(" ".join(values)) else \
+            "sparkctl or the launcher sets it" if name in OURS - {"port", "served-model-name"} else \
+            "it needs the mod gpu-mem-util-gb" if name == "gpu-memory-utilization-gb" and "gpu-mem-util-gb" not in str(mods) else ""
+        if why:
+            notes.append(f"left out, since {why}: {' '.join(written)}")
         elif name == "served-model-name":
             aliases += [alias for alias in values if alias not in (model, *aliases)]
         elif name in SHARDS_OVER:
             shards[name] = number(1, 64, int)(" ".join(values))
-        elif name in OURS or name in ("host", "distributed-executor-backend"):
-            notes += [f"left out, since sparkctl or the launcher sets it: {' '.join(written)}"] if name in OURS - {"port"} else []
+        elif name in ("port", "host", "distributed-executor-backend"):
+            continue
         elif often[name] > 1 or not KNOB.fullmatch(name):
             args += written
         else:
@@ -4221,7 +4216,7 @@ def exposure(bind, key, root, allow_root=True):
     told = ["root on a non-loopback address is refused; use another user, or --allow-root" if refused else
             "sparkctl runs as root and needs no root: run it as a user that may ssh to the Sparks"] if root else []
     if not loopback and not key:
-        told.append(f"anybody who reaches {bind} may swap models: set SPARKCTL_API_KEY")
+        told.append(f"anybody who reaches {bind} may swap, add and change models: set SPARKCTL_API_KEY")
     return told, refused
 
 
@@ -4749,14 +4744,12 @@ def put_settings(app, r):
     given, store = parse_json(r.body), app.store
     stranger = exposure(store.started["SPARKCTL_BIND"], store.settings["SPARKCTL_API_KEY"], root=False)[0]
 
-    def parser(s):
-        def parse(value):
-            parts = value if isinstance(value, list) else [value]
-            require(not any(isinstance(part, (dict, list)) for part in parts), "must be text, a number, true, false or a list of texts")
-            require(s.name != "SPARKCTL_DATA", "says where settings.yaml is, so it cannot stand in it: use the environment or --data")
-            return s.parse(setting_text(value) or s.default)
-        return parse
-    checked(given, {s.name: parser(s) for s in SETTINGS}, "the body")
+    def parse(s, value):
+        parts = value if isinstance(value, list) else [value]
+        require(not any(isinstance(part, (dict, list)) for part in parts), "must be text, a number, true, false or a list of texts")
+        require(s.name != "SPARKCTL_DATA", "says where settings.yaml is, so it cannot stand in it: use the environment or --data")
+        s.parse(setting_text(value) or s.default)
+    checked(given, {s.name: functools.partial(parse, s) for s in SETTINGS}, "the body")
     for name in given:
         source = store.settings.sources[name]
         if stranger and SETTING[name].guarded:
@@ -5186,9 +5179,9 @@ def demo_engine(port, model, *names):
 def build_settings(args, environ):
     """Command line and environment -> (Settings, data directory, {name: path of a YAML file}, what makes Settings of settings.yaml)."""
     flags = {"SPARKCTL_BIND": args.bind, "SPARKCTL_PORT": args.port, "SPARKCTL_DATA": args.data}
-    early = parse_settings(environ, {}, flags)
-    data_dir = os.path.join(HERE, early["SPARKCTL_DATA"])
-    parse, settings = (lambda values: parse_settings(environ, values, flags)), early
+    parse = lambda values: parse_settings(environ, values, flags)
+    settings = parse({})
+    data_dir = os.path.join(HERE, settings["SPARKCTL_DATA"])
     with contextlib.suppress(OSError, ValueError):          # ConfigStore reports it
         settings = parse(read_yaml(os.path.join(data_dir, "settings.yaml")))
     paths = {"settings": os.path.join(data_dir, "settings.yaml"),

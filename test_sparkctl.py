@@ -1894,16 +1894,18 @@ def setting(reply, name):
 def test_settings_are_changed_at_once_or_at_the_next_start_as_told(start, tmp_path):
     (tmp_path / "none.yaml").touch()
     p = start({"VLLM_PORT": "7777"}, args=("--models", str(tmp_path / "none.yaml"), "--services", str(tmp_path / "none.yaml")))
-    got = put(p, SWAP_DRAIN_SECONDS=5, SWAP_ROLLBACK=False, DISABLED_SERVICES=["a", "b"], SPARK1_HOST="local", MAX_BODY_MB="1")
+    there = {"Host": "sparks.example"}
+    assert p.get("/api/state", headers=there).status == 421
+    got = put(p, SWAP_DRAIN_SECONDS=5, SWAP_ROLLBACK=False, DISABLED_SERVICES=["a", "b"], SPARK1_HOST="local", SPARKCTL_ALLOWED_HOSTS="sparks.example")
     assert got["restart_needed"] == ["SPARK1_HOST"] and setting(got, "SPARK1_HOST")["restart"] and not setting(got, "SWAP_ROLLBACK")["restart"]
     assert [setting(got, n)["value"] for n in ("SWAP_DRAIN_SECONDS", "SWAP_ROLLBACK", "DISABLED_SERVICES")] == [5.0, False, "a,b"]
-    assert setting(got, "VLLM_PORT")["pinned"] and not setting(got, "MAX_BODY_MB")["pinned"]
-    assert p.get("/api/state").json["sparks"] == [] and p.post("/api/swap", b" " * (1 << 20) + b"{ }").status == 413
+    assert setting(got, "VLLM_PORT")["pinned"] and not setting(got, "SPARKCTL_ALLOWED_HOSTS")["pinned"]
+    assert p.get("/api/state", headers=there).json["sparks"] == []
     assert yaml.safe_load((p.data / "settings.yaml").read_text()) == {"SWAP_DRAIN_SECONDS": 5, "SWAP_ROLLBACK": False, "DISABLED_SERVICES": ["a", "b"],
-                                                                      "SPARK1_HOST": "local", "MAX_BODY_MB": "1"}
+                                                                      "SPARK1_HOST": "local", "SPARKCTL_ALLOWED_HOSTS": "sparks.example"}
     event = p.get("/api/events").json["events"][0]
     assert (event["kind"], event["client"], event["names"][0]) == ("settings_changed", "127.0.0.1", "DISABLED_SERVICES")
-    got = put(p, SWAP_DRAIN_SECONDS=None, SWAP_ROLLBACK="", MAX_BODY_MB=None)
+    got = put(p, SWAP_DRAIN_SECONDS=None, SWAP_ROLLBACK="", SPARKCTL_ALLOWED_HOSTS=None)
     assert (setting(got, "SWAP_DRAIN_SECONDS")["value"], setting(got, "SWAP_ROLLBACK")["source"]) == (30.0, "default")
     p.restart()
     assert p.get("/api/settings").json["restart_needed"] == [] and p.get("/api/state").json["sparks"][0]["name"] == "spark1"
@@ -1959,7 +1961,7 @@ def test_on_an_open_address_without_a_key_strangers_cannot_change_what_runs_or_w
     app, guarded = app_of(), [s.name for s in sc.SETTINGS if s.guarded and s.name != "SPARKCTL_DATA"]
     assert {"SPARK1_HOST", "SPARK8_USER", "LAUNCH_DIR", "MODELS_OVERRIDES", "LOCAL_MODEL_ROOTS", "WEBHOOK_URL", "SPARKCTL_API_KEY", "SPARKCTL_BIND"} <= set(guarded)
     for name in guarded:
-        assert ask(app, **{name: "http://x"if name == "WEBHOOK_URL" else "/x" if name == "LOCAL_MODEL_ROOTS" else "x"}) == (403, "setting_protected"), name
+        assert ask(app, **{name: "http://x" if name == "WEBHOOK_URL" else "/x" if name == "LOCAL_MODEL_ROOTS" else "x"}) == (403, "setting_protected"), name
     assert ask(app, HOLD_SECONDS=5) == 200 and any("set SPARKCTL_API_KEY" in w for w in app.state()["warnings"])
     app.hosts.close()
     app = app_of(SPARKCTL_API_KEY="k")
@@ -2971,8 +2973,8 @@ def test_a_recipe_with_all_that_real_ones_hold_becomes_an_entry_whose_command_is
     ("vllm serve a/b --api-key ${{KEY}} --x 1", {}, "solo", {"x": 1}, "--api-key ${KEY}"),
     ("vllm serve a/b --x `id`", {}, "solo", {}, "`id`"),
     ("vllm serve a/b --nnodes 2 --model c", {}, "solo", {}, "--nnodes 2"),
-    ("cd /tmp && exec x\nvllm serve a/b --x 'y # z'  # why", {}, "solo", {"x": "y # z"}, "left out of the command: cd /tmp"),
-    ("vllm serve a/b --x 1\n  --lost 2", {}, "solo", {"x": 1}, "left out of the command: --lost 2"),
+    ("\n# why\nvllm serve a/b \\  \n  --x 'y # z'  # don't\n\n", {}, "solo", {"x": "y # z"}, ""),
+    ("vllm serve a/b --tokenizer_mode fast extra", {}, "solo", {"tokenizer-mode": ["fast", "extra"]}, ""),
     ("vllm serve a/b --x NaN --y 007 --z 1e3 --w true --v '' --u '[1]' --t 1.50", {}, "solo",
      {"x": "NaN", "y": "007", "z": "1e3", "w": "true", "v": "", "u": "[1]", "t": "1.50"}, ""),
     ("vllm serve a/b", {"recipe_version": "2"}, "solo", {}, "recipe_version is 2"),
@@ -2990,7 +2992,8 @@ def test_what_a_recipe_says_of_sparks_values_and_shells_is_kept_or_told(command,
     ("vllm serve a/b {}", {}, "{}"), ("vllm serve a/b {port}", {}, "{port}"), ("vllm serve a/b }", {}, "}"), ("vllm serve a/b ${KEY}", {}, "{KEY}"),
     ("vllm serve a/b {x}", {"defaults": {"x": None}}, "{x}"), ("vllm serve a/b {x}", {"defaults": {"x": [1]}}, "{x}"),
     ("vllm serve a/b | tee x", {}, "|"), ("vllm serve a/b > log 2>&1", {}, ">"), ("(vllm serve a/b)", {}, "("), ("vllm serve a/b 'x", {}, "quotation"),
-    ("uvicorn server:app", {}, "no `vllm serve MODEL`"), ("vllm serve --x 1", {}, "no `vllm serve MODEL`"), ("", {}, "no `vllm serve MODEL`"),
+    ("cd /tmp\nvllm serve a/b", {}, "a new line"), ("vllm serve a/b && id", {}, "&&"), ("vllm serve a/b # \\\n  --x 1", {}, "a new line"),
+    ("uvicorn server:app", {}, "`vllm serve MODEL`"), ("vllm serve --x 1", {}, "`vllm serve MODEL`"), ("", {}, "`vllm serve MODEL`"),
     ("vllm serve a/b -tp auto", {}, "whole number"), ("vllm serve a/b", {"runtime": "sglang"}, "sglang"), ("vllm serve a/b", {"env": [1]}, "env cannot be a list"),
     (["vllm"], {}, "command cannot be a list")])
 def test_a_recipe_that_cannot_be_imported_says_why(command, more, words):
