@@ -15,7 +15,7 @@ Contents (each section uses only names from the sections above it; a test proves
    2  small helpers  refusals, clock, quoting, atomic files
    3  hosts          the only subprocess: ssh, its failures told apart
    4  catalog        models.yaml + overrides -> frozen ModelDef records
-   5  services       slots, backends and services from services-overrides.yaml
+   5  services       slots, backends and services from services-overrides.yaml; the files are read again, and edited
    6  backends       what is run on a Spark: pure builders of shell text, every value through quote_arg
    7  engine         what a vLLM says: its HTTP answers, its log lines
    8  swap rules     phases, the one table of transitions, the lease, invariants, checks: pure
@@ -1241,7 +1241,6 @@ class ConfigStore:
         """
         path, data = os.path.realpath(self.paths[what]), b""         # a symlink stays one
         with self._lock:
-            self._refresh_locked()
             before, empty = self.current, OVERRIDES if what == "overrides" else {}
             try:
                 with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:

@@ -1879,6 +1879,15 @@ def test_the_sixth_hundred_connection_is_told_to_come_back(bare):
     until(lambda: raw(bare.port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 200"))
 
 
+def test_a_slot_that_came_into_the_file_together_with_an_edit_is_watched_too(start, tmp_path):
+    for name in ("m.yaml", "s.yaml"):
+        (tmp_path / name).touch()
+    p = start({"SPARK1_HOST": "local", "POLL_SECONDS": "1"}, args=("--models", str(tmp_path / "m.yaml"), "--services", str(tmp_path / "s.yaml")))
+    (tmp_path / "s.yaml").write_text("slots: {other: {port: 1}}")
+    assert p.post("/api/models", {"key": "x", "repo": "a/b"}).status == 201         # most likely before the thread `config` looks
+    assert until(lambda: (slot := serves(p))["state"] == "empty" and slot["name"] == "other")
+
+
 # --- settings
 
 def put(program, expect=200, headers=(), **values):
