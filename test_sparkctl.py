@@ -1954,11 +1954,11 @@ def test_a_secret_is_set_and_never_told_and_an_api_key_counts_from_the_next_requ
 
 
 def test_on_an_open_address_without_a_key_strangers_cannot_change_what_runs_or_who_may_ask(tmp_path):
-    def app_of(**env):
+    def app_of(values=(), **env):
         (tmp_path / "none.yaml").touch()
         paths = {name: str(tmp_path / "none.yaml") for name in ("models", "overrides", "services")} | {"settings": str(tmp_path / "settings.yaml")}
-        parse = functools.partial(sc.parse_settings, {"SPARKCTL_BIND": "0.0.0.0", **env})
-        return sc.App(sc.ConfigStore(parse({}), paths, parse), str(tmp_path))
+        parse = functools.partial(sc.parse_settings, env)
+        return sc.App(sc.ConfigStore(parse(dict(values)), paths, parse), str(tmp_path))
 
     def ask(app, **values):
         request = sc.Request("PUT", "/api/settings", 1, [])
@@ -1967,13 +1967,16 @@ def test_on_an_open_address_without_a_key_strangers_cannot_change_what_runs_or_w
             return sc.put_settings(app, request)[0]
         except sc.Refused as e:
             return e.status, e.code
-    app, guarded = app_of(), [s.name for s in sc.SETTINGS if s.guarded and s.name != "SPARKCTL_DATA"]
+    app, guarded = app_of(SPARKCTL_BIND="0.0.0.0"), [s.name for s in sc.SETTINGS if s.guarded and s.name != "SPARKCTL_DATA"]
     assert {"SPARK1_HOST", "SPARK8_USER", "LAUNCH_DIR", "MODELS_OVERRIDES", "LOCAL_MODEL_ROOTS", "WEBHOOK_URL", "SPARKCTL_API_KEY", "SPARKCTL_BIND"} <= set(guarded)
     for name in guarded:
         assert ask(app, **{name: "http://x" if name == "WEBHOOK_URL" else "/x" if name == "LOCAL_MODEL_ROOTS" else "x"}) == (403, "setting_protected"), name
     assert ask(app, HOLD_SECONDS=5) == 200 and any("set SPARKCTL_API_KEY" in w for w in app.state()["warnings"])
     app.hosts.close()
-    app = app_of(SPARKCTL_API_KEY="k")
+    app = app_of({"SPARKCTL_BIND": "0.0.0.0"})              # and the file says loopback since, for the next start
+    assert app.store.settings["SPARKCTL_BIND"] == "127.0.0.1" and ask(app, LAUNCH_DIR="/x") == (403, "setting_protected")
+    app.hosts.close()
+    app = app_of(SPARKCTL_BIND="0.0.0.0", SPARKCTL_API_KEY="k")
     assert ask(app, LAUNCH_DIR="/x") == 200 and not any("set SPARKCTL_API_KEY" in w for w in app.state()["warnings"])
     app.hosts.close()
 
