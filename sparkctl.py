@@ -34,8 +34,9 @@ what is due, in a thread `job` each; `webhook` delivers, one a receiver; `config
 and `slot-NAME` poll, one each, so that a dead Spark delays only itself; `follow` reads an engine's log during a swap.
 Locks: Arbiter._lock guards the one decision who may start what, and is held until the journal has it; Hub.changed the
 version that long-polls wait on; Gate._cond the holding and counting of requests; Events._lock, SwapLog._lock and
-Register._lock a list and its file; Webhooks._lock deliveries and queues; Jobs._lock which jobs run; Monitor._lock what
-the slots' polls last saw; ConfigStore._lock reading and editing the YAML files; Hosts._lock the resolved addresses; Server._idle the count of replies in flight. No lock is held
+Register._lock a list and its file; Webhooks._lock deliveries and queues; Jobs._lock which jobs run; Monitor._lock
+what the slots' polls last saw; ConfigStore._lock reading and editing the YAML files; Hosts._lock the resolved
+addresses; Server._idle the count of replies in flight. No lock is held
 across ssh, HTTP or sleep, and no two at once. What is published is immutable and replaced whole: readers take no lock.
 Trusted: the two YAML files, the environment, the user that ssh logs in as. Not trusted: clients, web pages in
 the owner's browser, what an engine or a Spark answers.
@@ -178,7 +179,8 @@ PORT, SECONDS = number(1, 65535, int), number(0, 86400)
 SETTINGS = (
     Setting("SPARKCTL_BIND", "127.0.0.1", text, "address to listen on; loopback unless you say otherwise", restart=True, guarded=True),
     Setting("SPARKCTL_PORT", "9999", number(0, 65535, int), "port to listen on (0 = any free one)", restart=True),
-    Setting("SPARKCTL_DATA", "data", text, "directory for state; relative to the script (environment or --data only)", restart=True, guarded=True),
+    Setting("SPARKCTL_DATA", "data", text, "directory for state; relative to the script (environment or --data only)",
+            restart=True, guarded=True),
     Setting("SPARKCTL_API_KEY", "", text, "key that clients send as `Authorization: Bearer …`; blank = no key", True, guarded=True),
     Setting("SPARKCTL_ALLOWED_HOSTS", "", names, "further Host names to answer to, besides IP addresses, localhost, "
             "this machine's names and *.local", guarded=True),
@@ -761,7 +763,8 @@ def validate_local_path(value, roots):
     """A directory that may be mounted into a container, as text (nothing is looked up). Raises ValueError."""
     # colons and commas would change what docker's -v and --mount mean; `..` and other spellings could leave the roots
     require(value.startswith("/"), "must be an absolute path")
-    require(not re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069:,]", value), "must not contain control characters, colons or commas")
+    require(not re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069:,]", value),
+            "must not contain control characters, colons or commas")
     require(len(value) <= 1024 and not value.startswith("//") and os.path.normpath(value) == value,
             "must be normalised: no `..`, no double or trailing slash, at most 1024 characters")
     require(any(value.startswith(root.rstrip("/") + "/") for root in roots), f"must be below one of {', '.join(roots)} (LOCAL_MODEL_ROOTS)")
@@ -968,7 +971,7 @@ def shell_words(script):
     lexer = shlex.shlex(script, posix=True, punctuation_chars=";&|<>()\n")
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
     for word in (words := list(lexer)):
-        require(not word or word.strip(";&|<>()\n"), f"the command is more than one simple command: {'a new line' if word.isspace() else word} in it")
+        require(not word or word.strip(";&|<>()\n"), f"the command is not simple: {'a new line' if word.isspace() else word} in it")
     return words
 
 
@@ -989,7 +992,8 @@ def import_recipe(recipe, sparks):
     version, runtime, dynamic = str(recipe.get("recipe_version", "missing")), str(recipe.get("runtime") or "vllm"), re.compile(r"[$`\0]")
     require(runtime.startswith("vllm"), f"its runtime, {runtime}, is not vLLM")
     notes = [f"recipe_version is {version}; read as 1"] if version != "1" else []
-    notes += [f"the image must be made with {what}: {' '.join(map(str, wanted))}" for what, wanted in (("mods", mods), ("build_args", builds)) if wanted]
+    notes += [f"the image must be made with {what}: {' '.join(map(str, wanted))}"
+              for what, wanted in (("mods", mods), ("build_args", builds)) if wanted]
     unsaid = {k for k, v in env.items() if v is None or dynamic.search(str(v))}
     notes += [f"env {k} is left out: only a shell knows its value" for k in env if k in unsaid]
     words = shell_words(fill_recipe(command.strip(), {"model": recipe.get("model"), **defaults}))
@@ -1181,7 +1185,7 @@ class Config(NamedTuple):
 
 
 class ConfigStore:
-    """Reads the YAML files, again when they change, and edits the two that are ours. A broken file keeps what was last good, and is reported."""
+    """Reads the YAML files, again when they change, and edits two of them; a broken one keeps what was last good, and is reported."""
 
     HEADER = ("# Edit this by hand as you like; it is read again when it changes. sparkctl edits it too (page, API, import-recipe):\n"
               "# comments are lost then, and the last file that had some is kept beside it as .bak. README.md says what may stand here.\n")
@@ -1259,7 +1263,7 @@ class ConfigStore:
                     _, entry, field, why = worse[-1]
                     code = (409, "name_taken") if field == "served_names" else (422, "bad_field")
                     raise Refused(*code, f"{field or entry}: {why}", field=field or entry.partition(".")[0], problems=list(map(str, worse)))
-                require(len(now) <= 1 << 20 and to_yaml(parse_yaml(now.encode())) == now, "it is too much, or has characters that the file cannot hold")
+                require(len(now) <= 1 << 20 and to_yaml(parse_yaml(now.encode())) == now, "too much, or characters that the file cannot hold")
                 if dry or now == was:
                     return before, before
                 if re.search(r"(^|\s)#", data.decode().removeprefix(self.HEADER), re.M):      # comments of people, about to be lost
@@ -1268,7 +1272,7 @@ class ConfigStore:
                 write_atomic(path, (self.HEADER + now).encode())
                 os.chmod(path, mode)
             except OSError as e:
-                raise Refused(503, what + "_unwritable", f"{path} cannot be written: {e.strerror}; nothing was changed", path=path) from None
+                raise Refused(503, what + "_unwritable", f"{path} cannot be written: {e.strerror}; nothing is changed", path=path) from None
             except (ValueError, RecursionError, yaml.YAMLError) as e:
                 raise Refused(422, "bad_field", f"the change cannot be written as YAML: {printable(str(e), 300)}", field="") from None
             self._refresh_locked()
@@ -4323,7 +4327,8 @@ class App:
         return {s.name: s for s in config.layout.services.values() if s.configured and s.name not in hidden}
 
     def exposed(self):
-        return [] if self.demo else exposure(self.store.started["SPARKCTL_BIND"], self.store.settings["SPARKCTL_API_KEY"], os.geteuid() == 0)[0]
+        bind, key = self.store.started["SPARKCTL_BIND"], self.store.settings["SPARKCTL_API_KEY"]
+        return [] if self.demo else exposure(bind, key, os.geteuid() == 0)[0]
 
     def state(self):
         config, version = self.store.current, self.hub.version()
@@ -4696,7 +4701,7 @@ def refuse_used(app, key):
 def drop_model(app, r):
     key = r.args["key"]
     if not app.model(app.store.current, key)["added"]:
-        raise Refused(409, "not_added", f'{key} stands in models.yaml, which is yours to edit; to hide it PUT /api/models/{key} {{"hidden": true}}')
+        raise Refused(409, "not_added", f'{key} stands in models.yaml, which is yours; to hide it PUT /api/models/{key} {{"hidden": true}}')
     refuse_used(app, key)
 
     def change(doc, config):
@@ -5221,7 +5226,7 @@ def run_check(store, found):
 
 
 def run_import(store, files, write):
-    """Recipes as catalog entries: printed, or added to the overrides file -> exit code 0; 1 if one is not imported, 2 if one cannot be read."""
+    """Recipes as catalog entries: printed, or added to the overrides file -> exit code 0; 1: one is not imported, 2: one cannot be read."""
     status, done = 0, set()
     for path in files:
         key = re.sub(r"[^a-z0-9._-]+", "-", re.sub(r"\.ya?ml$", "", os.path.basename(path).lower())).strip("-._")[:64]
@@ -5247,7 +5252,8 @@ def run_import(store, files, write):
         done.add(key)
         for note in notes + more:
             print(f"{printable(path, 300)}: {note}", file=sys.stderr)
-        told = "".join(f"# {line}\n" for line in (printable(path, 300) + (", added" if write else ", to paste under `models:`"), *notes, *more))
+        title = printable(path, 300) + (", added" if write else ", to paste under `models:`")
+        told = "".join(f"# {line}\n" for line in (title, *notes, *more))
         print(re.sub("(?m)^(?=.)", "  ", told + to_yaml({key: entry})), end="")
     return status
 

@@ -2777,7 +2777,7 @@ def test_fifty_edits_at_once_lose_none(two):
     ({"--x": 1}, "without leading dashes"), ({"port": 1}, "port is set by sparkctl"), ({"served_model_name": "x"}, "is set by sparkctl"),
     ({"x": 1 << 70}, "too large"), ({"x": "a\0b"}, "NUL"), ({"x": ["\ud800"]}, "surrogates"), ({"a\nb": 1}, "not a flag name"),
     ({"$(id)": 1}, "not a flag name"), ({"x" * 10000: 1}, "not a flag name"), ({"x": functools.reduce(lambda v, _: [v], range(400), 1)}, "recursion"),
-    ({"x": "y" * (1 << 20)}, "too much, or has")])
+    ({"x": "y" * (1 << 20)}, "too much, or")])
 def test_a_hostile_knob_is_refused_and_nothing_is_written(two, knobs, words):
     got = two.call("PUT", "/api/models/alpha/knobs", knobs)
     assert got.status == 422 and words in got.json["error"]["message"], got.body[:500]
