@@ -8,13 +8,14 @@ prompts, and never starts a model that nobody asked for.
     python3 sparkctl.py                 serve the page and the API on 127.0.0.1:9999
     python3 sparkctl.py --demo          the same with two pretended Sparks; needs no hardware
     python3 sparkctl.py check           print settings, catalog, slots and services with every problem (exit 0/1/2)
+    python3 sparkctl.py import-recipe   turn spark-vllm-docker's recipes into models (FILE… [--write])
 
 Contents (each section uses only names from the sections above it; a test proves it)
    1  settings       one table: name, default, parser, help; environment > settings.yaml > default
    2  small helpers  refusals, clock, quoting, atomic files
    3  hosts          the only subprocess: ssh, its failures told apart
    4  catalog        models.yaml + overrides -> frozen ModelDef records
-   5  services       slots, backends and services from services-overrides.yaml
+   5  services       slots, backends and services from services-overrides.yaml; the files are read again, and edited
    6  backends       what is run on a Spark: pure builders of shell text, every value through quote_arg
    7  engine         what a vLLM says: its HTTP answers, its log lines
    8  swap rules     phases, the one table of transitions, the lease, invariants, checks: pure
@@ -34,8 +35,9 @@ and `slot-NAME` poll, one each, so that a dead Spark delays only itself; `weight
 at that Spark; `follow` reads an engine's log during a swap.
 Locks: Arbiter._lock guards the one decision who may start what, and is held until the journal has it; Hub.changed the
 version that long-polls wait on; Gate._cond the holding and counting of requests; Events._lock, SwapLog._lock and
-Register._lock a list and its file; Webhooks._lock deliveries and queues; Jobs._lock which jobs run; Monitor._lock what
-the slots' polls last saw; Hosts._lock the resolved addresses; Server._idle the count of replies in flight. No lock is held
+Register._lock a list and its file; Webhooks._lock deliveries and queues; Jobs._lock which jobs run; Monitor._lock
+what the slots' polls last saw; ConfigStore._lock reading and editing the YAML files; Hosts._lock the resolved
+addresses; Server._idle the count of replies in flight. No lock is held
 across ssh, HTTP or sleep, and no two at once. What is published is immutable and replaced whole: readers take no lock.
 Trusted: the two YAML files, the environment, the user that ssh logs in as. Not trusted: clients, web pages in
 the owner's browser, what an engine or a Spark answers.
@@ -170,27 +172,30 @@ class Setting(NamedTuple):
     parse: Callable
     help: str
     secret: bool = False        # never returned, logged, or put on a command line
+    restart: bool = False       # read once: a change counts at the next start
+    guarded: bool = False       # decides what runs, what is written where, or who may ask: strangers may not change it
 
 
 PORT, SECONDS = number(1, 65535, int), number(0, 86400)
 SETTINGS = (
-    Setting("SPARKCTL_BIND", "127.0.0.1", text, "address to listen on; loopback unless you say otherwise"),
-    Setting("SPARKCTL_PORT", "9999", number(0, 65535, int), "port to listen on (0 = any free one)"),
-    Setting("SPARKCTL_DATA", "data", text, "directory for state; relative to the script (environment or --data only)"),
-    Setting("SPARKCTL_API_KEY", "", text, "key that clients send as `Authorization: Bearer …`; blank = no key", True),
+    Setting("SPARKCTL_BIND", "127.0.0.1", text, "address to listen on; loopback unless you say otherwise", restart=True, guarded=True),
+    Setting("SPARKCTL_PORT", "9999", number(0, 65535, int), "port to listen on (0 = any free one)", restart=True),
+    Setting("SPARKCTL_DATA", "data", text, "directory for state; relative to the script (environment or --data only)",
+            restart=True, guarded=True),
+    Setting("SPARKCTL_API_KEY", "", text, "key that clients send as `Authorization: Bearer …`; blank = no key", True, guarded=True),
     Setting("SPARKCTL_ALLOWED_HOSTS", "", names, "further Host names to answer to, besides IP addresses, localhost, "
-            "this machine's names and *.local"),
+            "this machine's names and *.local", guarded=True),
     Setting("VLLM_API_KEY", "", text, "key sent to the engines", True),
-    *(Setting(f"SPARK{n}_{part}", "", parse, help_text) for n in range(1, 9) for part, parse, help_text in (
+    *(Setting(f"SPARK{n}_{part}", "", parse, help_text, restart=True, guarded=True) for n in range(1, 9) for part, parse, help_text in (
         ("HOST", host_name, f"Spark {n}: host name, address or ssh alias; `local` = this machine, without ssh"),
         ("USER", user_name, f"Spark {n}: ssh user; blank = whatever ssh chooses"))),
-    Setting("LAUNCH_DIR", "~/spark-vllm-docker", text, "directory of launch-cluster.sh on the Sparks"),
+    Setting("LAUNCH_DIR", "~/spark-vllm-docker", text, "directory of launch-cluster.sh on the Sparks", guarded=True),
     Setting("VLLM_PORT", "8888", PORT, "port that the engine of slot main listens on"),
-    Setting("VLLM_CONTAINER", "vllm_node", container_name, "container that the engine of slot main runs in"),
+    Setting("VLLM_CONTAINER", "vllm_node", container_name, "container that the engine of slot main runs in", guarded=True),
     Setting("DISABLED_SERVICES", "", names, "services without a tile or probe, comma-separated"),
     Setting("MODELS_OVERRIDES", "", text, "file whose knobs, models and hidden models go on top of "
-            "models.yaml; blank = models-overrides.yaml in the data directory"),
-    Setting("LOCAL_MODEL_ROOTS", "/home,/data,/models,/mnt,/srv", abs_paths, "directories that local models may be below"),
+            "models.yaml; blank = models-overrides.yaml in the data directory", restart=True, guarded=True),
+    Setting("LOCAL_MODEL_ROOTS", "/home,/data,/models,/mnt,/srv", abs_paths, "directories that local models may be below", guarded=True),
     Setting("SWAP_DRAIN_SECONDS", "30", SECONDS, "longest wait for requests in flight before an engine is stopped"),
     Setting("SWAP_STOP_TIMEOUT", "120", number(1, 3600), "longest time for an engine to stop and give its memory back, seconds"),
     Setting("SWAP_LAUNCH_TIMEOUT", "300", number(1, 3600), "longest time for the launcher, seconds"),
@@ -199,7 +204,7 @@ SETTINGS = (
     Setting("SWAP_WARM_TIMEOUT", "300", number(1, 3600), "longest time for an engine's first answer to a prompt, seconds"),
     Setting("SWAP_ROLLBACK", "on", flag, "launch the previous model again when a swap fails after the stop"),
     Setting("MIN_SERVING_SECONDS", "120", SECONDS, "shortest time that a model serves before a job may replace it; people and holders of the lock may at any time"),
-    Setting("WEBHOOK_URL", "", urls, "where events are POSTed, comma-separated", True),
+    Setting("WEBHOOK_URL", "", urls, "where events are POSTed, comma-separated", True, guarded=True),
     Setting("WEBHOOK_SECRET", "", text, "key of the signature X-Spark-Signature; blank = unsigned", True),
     Setting("WEBHOOK_EVENTS", "swap_complete,swap_failed", names, "events that are POSTed, comma-separated; * at the end of a name stands for anything: lock_*"),
     Setting("HOLD_SECONDS", "60", SECONDS, "longest time a /v1 request is held while its slot swaps"),
@@ -207,6 +212,7 @@ SETTINGS = (
     Setting("POLL_SECONDS", "5", number(1, 3600), "time between two looks at a Spark or a slot"),
 )
 SETTING = {s.name: s for s in SETTINGS}
+PINNED = ("command line", "environment")        # where a setting comes from that settings.yaml cannot change
 SECRETS = tuple(s.name for s in SETTINGS if s.secret)
 
 
@@ -223,7 +229,14 @@ class Settings(NamedTuple):
         """Rows for the page and the API; a secret shows only whether it is set."""
         return [{"name": s.name, "value": ("set" if self[s.name] else "") if s.secret else
                  ",".join(self[s.name]) if isinstance(self[s.name], tuple) else self[s.name],
-                 "source": self.sources[s.name], "help": s.help, "secret": s.secret, "default": s.default} for s in SETTINGS]
+                 "source": self.sources[s.name], "help": s.help, "secret": s.secret, "default": s.default,
+                 "pinned": self.sources[s.name] in PINNED, "restart": s.restart} for s in SETTINGS]
+
+
+def setting_text(raw):
+    """A value as YAML or JSON gives it -> the text that the environment would give."""
+    raw = {None: "", True: "on", False: "off"}[raw] if raw is None or isinstance(raw, bool) else raw
+    return ",".join(map(str, raw)) if isinstance(raw, (list, tuple)) else str(raw).strip()
 
 
 def parse_settings(env, file_values=None, flags=None, file_label="settings.yaml"):
@@ -238,9 +251,7 @@ def parse_settings(env, file_values=None, flags=None, file_label="settings.yaml"
     for s in SETTINGS:
         values[s.name], sources[s.name] = s.parse(s.default), "default"
         for label, place in (("command line", flags or {}), ("environment", env), ("file", file_values)):
-            raw = place.get(s.name)
-            raw = {None: "", True: "on", False: "off"}[raw] if raw is None or isinstance(raw, bool) else raw
-            raw = ",".join(map(str, raw)) if isinstance(raw, (list, tuple)) else str(raw).strip()
+            raw = setting_text(place.get(s.name))
             if label == "file" and s.name == "SPARKCTL_DATA" and raw:
                 warnings.append(f"{file_label}: SPARKCTL_DATA says where this file is, so it cannot stand in it")
                 continue
@@ -726,6 +737,8 @@ class ModelDef:
     size_gb: float = 0          # GiB of weights, for checks before they are on disk; 0 = unknown
     description: str = ""
     added: bool = False         # from the overrides file
+    hidden: bool = False        # by the overrides file: kept, but not served
+    overridden: tuple = ()      # knobs that the overrides file changes
     served_names: tuple = ()    # key first; what the engine answers to, unique over the catalog
 
     @property
@@ -751,7 +764,8 @@ def validate_local_path(value, roots):
     """A directory that may be mounted into a container, as text (nothing is looked up). Raises ValueError."""
     # colons and commas would change what docker's -v and --mount mean; `..` and other spellings could leave the roots
     require(value.startswith("/"), "must be an absolute path")
-    require(not re.search(r"[\x00-\x1f\x7f:,]", value), "must not contain control characters, colons or commas")
+    require(not re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069:,]", value),
+            "must not contain control characters, colons or commas")
     require(len(value) <= 1024 and not value.startswith("//") and os.path.normpath(value) == value,
             "must be normalised: no `..`, no double or trailing slash, at most 1024 characters")
     require(any(value.startswith(root.rstrip("/") + "/") for root in roots), f"must be below one of {', '.join(roots)} (LOCAL_MODEL_ROOTS)")
@@ -841,7 +855,7 @@ def claim_names(models, file):
     for m in models.values():
         for name in (n for n in wanted[m.key] if claims[n] > 1):
             others = ", ".join(k for k in wanted if k != m.key and name in wanted[k])
-            problems.append(Problem(file, m.key, "", f"the name {name} is claimed by {others} too"))
+            problems.append(Problem(file, m.key, "served_names", f"the name {name} is claimed by {others} too"))
         out[m.key] = dataclasses.replace(m, served_names=tuple(n for n in wanted[m.key] if n == m.key or claims[n] == 1))
     return out, problems
 
@@ -863,15 +877,10 @@ class LoudLoader(yaml.SafeLoader):
 LoudLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, LoudLoader.loud_mapping)
 
 
-def read_yaml(path, must_exist=False):
-    """The mapping in a YAML file; {} where it is empty, or absent and need not exist. Raises OSError, ValueError with line and reason."""
+def parse_yaml(data, loader=LoudLoader):
+    """The mapping in YAML's bytes; {} where there is nothing. Raises ValueError with line and reason."""
     try:
-        with open(path, encoding="utf-8") as f:
-            got = yaml.load(f, LoudLoader)
-    except FileNotFoundError:
-        if must_exist:
-            raise
-        return {}
+        got = yaml.load(data.decode("utf-8"), loader)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         raise ValueError(f"{f'line {mark.line + 1}: ' if mark else ''}{getattr(e, 'problem', None) or 'not YAML'}") from None
@@ -879,6 +888,21 @@ def read_yaml(path, must_exist=False):
         raise ValueError(f"not readable as UTF-8 YAML ({type(e).__name__})") from None
     require(got is None or isinstance(got, dict), "must be a mapping at the top")
     return got or {}
+
+
+def read_yaml(path, must_exist=False):
+    """The mapping in a YAML file; {} where it is empty, or absent and need not exist. Raises OSError, ValueError with line and reason."""
+    try:
+        with open(path, "rb") as f:
+            return parse_yaml(f.read())
+    except FileNotFoundError:
+        if must_exist:
+            raise
+        return {}
+
+
+def to_yaml(doc):
+    return yaml.safe_dump(doc, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
 
 
 def read_sections(file, doc, known, problems):
@@ -892,11 +916,20 @@ def read_sections(file, doc, known, problems):
         yield doc.get(name) or empty if fits else empty
 
 
+def respelled(change, known):
+    """Knobs with each name as known spells it: with _ or - it is the same flag."""
+    spelled = {name.replace("_", "-"): name for name in known}
+    return {spelled.get(name.replace("_", "-"), name): value for name, value in change.items()}
+
+
+OVERRIDES = {"models": {}, "knobs": {}, "hidden": []}       # sections of the overrides file, and what an absent one counts as
+
+
 def parse_catalog(base, overrides, roots, base_file="models.yaml", overrides_file="models-overrides.yaml"):
-    """Two parsed YAML files -> ({key: ModelDef}, [Problem]). Pure; never raises for what stands in them."""
+    """Two parsed YAML files -> ({key: ModelDef}, the hidden ones too, [Problem]). Pure; never raises for what stands in them."""
     problems, models = [], {}
     shipped, = read_sections(base_file, base, {"models": {}}, problems)
-    own, knobs, hidden = read_sections(overrides_file, overrides, {"models": {}, "knobs": {}, "hidden": []}, problems)
+    own, knobs, hidden = read_sections(overrides_file, overrides, OVERRIDES, problems)
     for file, entries, added in ((base_file, shipped, False), (overrides_file, own, True)):
         for key, entry in entries.items():
             model, wrong = parse_model(key, entry, roots, added=added)
@@ -906,12 +939,103 @@ def parse_catalog(base, overrides, roots, base_file="models.yaml", overrides_fil
     for key, change in knobs.items():
         try:
             require(key in models, "is not a model of the catalog")
-            merged = {**dict(models[key].knobs), **dict(parse_knobs(change))}
-            models[key] = dataclasses.replace(models[key], knobs=tuple((k, v) for k, v in merged.items() if v is not None))
+            base = dict(models[key].knobs)
+            change = respelled(dict(parse_knobs(change)), base)
+            merged = tuple((k, v) for k, v in {**base, **change}.items() if v is not None)
+            models[key] = dataclasses.replace(models[key], knobs=merged, overridden=tuple(change))
         except ValueError as e:
             problems.append(Problem(overrides_file, f"knobs.{key}", "", str(e)))
-    models, clashes = claim_names({k: m for k, m in models.items() if k not in hidden}, base_file)
-    return models, problems + clashes
+    named, clashes = claim_names({k: m for k, m in models.items() if k not in hidden}, base_file)
+    return {k: named.get(k) or dataclasses.replace(m, hidden=True) for k, m in models.items()}, problems + clashes
+
+
+# --- recipes of spark-vllm-docker; what they may hold: its run-recipe.py (load_recipe, generate_launch_script) and recipes/
+
+RECIPE = {"command": "", "defaults": {}, "env": {}, "mods": [], "build_args": []}
+SHARDS_OVER = {"tensor-parallel-size": "-tp", "pipeline-parallel-size": "-pp", "data-parallel-size": "-dp"}
+SHORT_FLAGS = {**{short: name for name, short in SHARDS_OVER.items()}, "-q": "quantization"}
+
+
+def fill_recipe(command, values):
+    """What str.format(**values) makes of plain {names}; nothing else in an untrusted file is evaluated. Raises ValueError."""
+    def part(m):
+        known = isinstance(values.get(m[1]), (str, int, float))
+        require(m[0] in ("{{", "}}") or known, f"the command's {m.string[m.start():m.start() + 40]!r} is not the name of a default")
+        return str(values[m[1]]) if known else m[0][0]
+    return re.sub(r"\{\{|\}\}|\{(\w+)\}|[{}]", part, command)
+
+
+def shell_words(script):
+    """The words of a shell script that is one simple command. Raises ValueError for any other."""
+    # quoted text stays; a continued line goes on, even if blanks stand behind its backslash; comments go
+    script = re.sub(r"""('[^']*'|"(?:\\.|[^"\\])*")|\\[ \t]*(?:\n|$)|(?<!\S)#.*""", lambda m: m[1] or " ", script).strip()
+    lexer = shlex.shlex(script, posix=True, punctuation_chars=";&|<>()\n")
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
+    for word in (words := list(lexer)):
+        require(not word or word.strip(";&|<>()\n"), f"the command is not simple: {'a new line' if word.isspace() else word} in it")
+    return words
+
+
+def recipe_value(word):
+    """A flag's value as YAML would rather have it, if that becomes the same flag again."""
+    with contextlib.suppress(ValueError, RecursionError):
+        got = json.loads(word)
+        return plain(got) if isinstance(got, dict) or type(got) in (int, float) and str(got) == word else word
+    return word
+
+
+def import_recipe(recipe, sparks):
+    """A recipe, and how many Sparks a cluster has -> (entry of models.yaml, [what it cannot say]). Raises ValueError."""
+    given = [empty if recipe.get(name) is None else recipe[name] for name, empty in RECIPE.items()]
+    for name, value in zip(RECIPE, given):
+        require(isinstance(value, type(RECIPE[name])), f"{name} cannot be a {type(value).__name__}")
+    command, defaults, env, mods, builds = given
+    version, runtime, dynamic = str(recipe.get("recipe_version", "missing")), str(recipe.get("runtime") or "vllm"), re.compile(r"[$`\0]")
+    require(runtime.startswith("vllm"), f"its runtime, {runtime}, is not vLLM")
+    notes = [f"recipe_version is {version}; read as 1"] if version != "1" else []
+    notes += [f"the image must be made with {what}: {' '.join(map(str, wanted))}"
+              for what, wanted in (("mods", mods), ("build_args", builds)) if wanted]
+    unsaid = {k for k, v in env.items() if v is None or dynamic.search(str(v))}
+    notes += [f"env {k} is left out: only a shell knows its value" for k in env if k in unsaid]
+    words = shell_words(fill_recipe(command.strip(), {"model": recipe.get("model"), **defaults}))
+    require(words[:2] == ["vllm", "serve"] and len(words) > 2 and words[2][:1] != "-", "the command does not begin with `vllm serve MODEL`")
+    model, flags, args, knobs, aliases, shards = words[2], [], [], {}, [], {}
+    for word in words[3:]:
+        flag, equals, value = word.partition("=")
+        if re.match(r"--?[A-Za-z]", word):      # (name or "", values, as it is written)
+            flags.append((SHORT_FLAGS.get(flag, flag[2:].replace("_", "-") if flag[1] == "-" else ""), [value] if equals else [], [word]))
+        else:
+            for place in flags[-1][1:] if flags else [args]:
+                place.append(word)
+    often = collections.Counter(name for name, _, _ in flags)
+    for name, values, written in flags:
+        why = "a shell would change it" if dynamic.search(" ".join(values)) else \
+            "sparkctl or the launcher sets it" if name in OURS - {"port", "served-model-name"} else \
+            "it needs the mod gpu-mem-util-gb" if name == "gpu-memory-utilization-gb" and "gpu-mem-util-gb" not in str(mods) else ""
+        if why:
+            notes.append(f"left out, since {why}: {' '.join(written)}")
+        elif name == "served-model-name":
+            aliases += [alias for alias in values if alias not in (model, *aliases)]
+        elif name in SHARDS_OVER:
+            shards[name] = number(1, 64, int)(" ".join(values))
+        elif name in ("port", "host", "distributed-executor-backend"):
+            continue
+        elif often[name] > 1 or not KNOB.fullmatch(name):
+            args += written
+        else:
+            knobs[name] = [recipe_value(value) for value in values] if len(values) > 1 else recipe_value(values[0]) if values else True
+    wide = math.prod(shards.values())
+    cluster = not recipe.get("solo_only") and bool(recipe.get("cluster_only") or wide > 1)
+    if cluster and shards and {k: n for k, n in shards.items() if n > 1} != {"tensor-parallel-size": sparks}:
+        knobs |= {"tensor-parallel-size": 1} | shards
+        notes += [f"it is for {wide} Sparks, and a cluster has {sparks} here"] if wide != sparks else []
+    elif wide > 1 and not cluster:
+        notes.append(f"it is for one Spark, so what would spread it over {wide} is left out")
+    said = {k: printable(" ".join(str(recipe.get(k) or "").split()), 1000) for k in ("name", "container", "description")}
+    entry = {"name": said["name"], "local_path" if model.startswith("/") else "repo": model, "mode": "cluster" if cluster else "solo",
+             "aliases": aliases, "image": "" if said["container"] == "vllm-node" else said["container"], "knobs": knobs, "args": args,
+             "env": {str(k): str(v) for k, v in env.items() if k not in unsaid}, "description": said["description"]}
+    return {k: v for k, v in entry.items() if v}, [printable(note, 1000) for note in notes]
 
 
 # === 5 services ===============================================================
@@ -1054,6 +1178,7 @@ class Config(NamedTuple):
     models: dict
     layout: Layout
     problems: tuple             # of Problem
+    hidden: dict = {}           # models that the overrides file hides
 
     def find(self, name):
         """The ModelDef that answers to name (key, repo or alias), or None."""
@@ -1061,20 +1186,33 @@ class Config(NamedTuple):
 
 
 class ConfigStore:
-    """Reads the YAML files, and again when they change; a broken file keeps what was last good, and is reported."""
+    """Reads the YAML files, again when they change, and edits two of them; a broken one keeps what was last good, and is reported."""
 
-    def __init__(self, settings, paths):
-        self.settings = settings                    # fixed
-        self.paths = paths                          # fixed: {"models", "overrides", "services"} -> path
+    HEADER = ("# Edit this by hand as you like; it is read again when it changes. sparkctl edits it too (page, API, import-recipe):\n"
+              "# comments are lost then, and the last file that had some is kept beside it as .bak. README.md says what may stand here.\n")
+
+    def __init__(self, settings, paths, parse=None):
+        self.started = settings                     # fixed: what was in force at the start, for what is read only then
+        self.paths = paths                          # fixed: {"models", "overrides", "services"} -> path; with parse "settings" too
         self.sparks = {f"spark{n}": Spark(f"spark{n}", settings[f"SPARK{n}_HOST"], settings[f"SPARK{n}_USER"])
                        for n in range(1, 9) if settings[f"SPARK{n}_HOST"]}
-        self._seen = None                           # written by refresh() only, which one thread calls
-        self._good = {name: {} for name in paths}   # likewise
-        self.current = None                         # replaced whole; read by any thread
+        self._parse = parse or (lambda values: settings)            # fixed: what stands in settings.yaml -> Settings
+        self._lock = threading.Lock()               # one reading or editing at a time
+        self._seen = None                           # guarded by _lock
+        self._good = dict.fromkeys(("settings", *paths), {})        # guarded by _lock
+        self.current = None                         # replaced under _lock; read by any thread
         self.refresh()
+
+    @property
+    def settings(self):
+        return self.current.settings
 
     def refresh(self):
         """Re-read if a file changed; tells whether a new snapshot was published."""
+        with self._lock:
+            return self._refresh_locked()
+
+    def _refresh_locked(self):
         stamps = {}
         for name, path in self.paths.items():
             with contextlib.suppress(OSError):
@@ -1089,12 +1227,57 @@ class ConfigStore:
             except (OSError, ValueError) as e:
                 why = e.strerror if isinstance(e, OSError) else str(e)
                 broken.append(Problem(os.path.basename(path), "", "", f"{why}; what was last good stays in force"))
-        files = {name: os.path.basename(path) for name, path in self.paths.items()}
-        models, wrong = parse_catalog(self._good["models"], self._good["overrides"], self.settings["LOCAL_MODEL_ROOTS"],
-                                      files["models"], files["overrides"])
-        layout, wrong_layout = parse_layout(self._good["services"], self.sparks, self.settings, files["services"])
-        self.current = Config(self.settings, self.sparks, models, layout, (*broken, *wrong, *wrong_layout))
+        settings = self._parse(self._good["settings"])
+        models, wrong = self._catalog_locked(self._good["overrides"], settings)
+        layout, wrong_layout = parse_layout(self._good["services"], self.sparks, settings, os.path.basename(self.paths["services"]))
+        shown, hidden = ({k: m for k, m in models.items() if m.hidden is which} for which in (False, True))
+        self.current = Config(settings, self.sparks, shown, layout, (*broken, *wrong, *wrong_layout), hidden)
         return True
+
+    def _catalog_locked(self, overrides, settings):
+        return parse_catalog(self._good["models"], overrides, settings["LOCAL_MODEL_ROOTS"],
+                             *(os.path.basename(self.paths[name]) for name in ("models", "overrides")))
+
+    def edit(self, what, change, dry=False):
+        """Let change(mapping, Config) alter what stands in a file of ours at this moment, and write it -> (Config before, Config after).
+
+        Raises Refused 409 for a broken file or a name that is taken, 422 for what would bring other problems, 503 if it
+        cannot be written, and whatever change raises; then, and if dry, nothing is changed. Blocks for the disk only.
+        """
+        path, data = os.path.realpath(self.paths[what]), b""         # a symlink stays one
+        with self._lock:
+            before, empty = self.current, OVERRIDES if what == "overrides" else {}
+            try:
+                with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
+                    data = f.read()
+                try:
+                    doc = {**{k: type(v)() for k, v in empty.items()}, **{k: v for k, v in parse_yaml(data).items() if v is not None}}
+                    require(all(isinstance(doc[k], type(v)) for k, v in empty.items()), "models and knobs must be mappings, hidden a list")
+                except ValueError as e:
+                    raise Refused(409, what + "_broken", f"{path}: {printable(str(e), 300)}; mend it by hand first", path=path) from None
+                was = to_yaml(doc)
+                known = self._catalog_locked(doc, before.settings)[1] if empty else []
+                change(doc, before)
+                now = to_yaml(doc)
+                after = self._catalog_locked(doc, before.settings)[1] if empty else []
+                if worse := sorted((p for p in after if p not in known), key=lambda p: p.field == "served_names"):
+                    _, entry, field, why = worse[-1]
+                    code = (409, "name_taken") if field == "served_names" else (422, "bad_field")
+                    raise Refused(*code, f"{field or entry}: {why}", field=field or entry.partition(".")[0], problems=list(map(str, worse)))
+                require(len(now) <= 1 << 20 and to_yaml(parse_yaml(now.encode())) == now, "too much, or characters that the file cannot hold")
+                if dry or now == was:
+                    return before, before
+                if re.search(r"(^|\s)#", data.decode().removeprefix(self.HEADER), re.M):      # comments of people, about to be lost
+                    write_atomic(path + ".bak", data)
+                mode = os.stat(path).st_mode & 0o777 if data else 0o600
+                write_atomic(path, (self.HEADER + now).encode())
+                os.chmod(path, mode)
+            except OSError as e:
+                raise Refused(503, what + "_unwritable", f"{path} cannot be written: {e.strerror}; nothing is changed", path=path) from None
+            except (ValueError, RecursionError, yaml.YAMLError) as e:
+                raise Refused(422, "bad_field", f"the change cannot be written as YAML: {printable(str(e), 300)}", field="") from None
+            self._refresh_locked()
+            return before, self.current
 
 
 # === 6 backends ===============================================================
@@ -4367,7 +4550,7 @@ class Monitor:
         if self._store.refresh():
             config = self._store.current
             self._events.add("config_changed", f"files were read again: {len(config.models)} models, {len(config.problems)} problems")
-            self._watch_slots()
+        self._watch_slots()                     # each time: an edit may have read the files before us
 
 
 # === 13 data path =============================================================
@@ -4753,6 +4936,17 @@ JOB_ACTIONS = {"swap": job_locked(job_swap), "health": job_health,
                "restart": job_locked(lambda app, job, tell, token: app.restart(job.get("service", ""), f"job {job['id']}", token))}
 
 
+def exposure(bind, key, root, allow_root=True):
+    """What is unwise about who may reach us -> (sentences, whether the first is a refusal)."""
+    loopback = bind in ("localhost", "::1") or bind.startswith("127.")
+    refused = root and not loopback and not allow_root
+    told = ["root on a non-loopback address is refused; use another user, or --allow-root" if refused else
+            "sparkctl runs as root and needs no root: run it as a user that may ssh to the Sparks"] if root else []
+    if not loopback and not key:
+        told.append(f"anybody who reaches {bind} may swap, add and change models: set SPARKCTL_API_KEY")
+    return told, refused
+
+
 class App:
     """What the handlers work on. Fixed after construction; each part keeps its own locks."""
 
@@ -4822,21 +5016,54 @@ class App:
                    "url": endpoint_of(slot, self.hosts, config.settings).url, "hosts": list(slot.hosts), "port": slot.port,
                    "backend": slot.backend, "detail": view.probe.detail, "in_flight": in_flight, "held": held}
 
-    def models(self, config):
+    def models(self, config, hidden=False):
         on = {s["model"]: s["name"] for s in self.slots(config) if s["model"]}
-        return [{**m.public(), "serving_on": on.get(m.key)} for m in config.models.values()]
+        return [{**m.public(), "serving_on": on.get(m.key)} for m in (config.models | (config.hidden if hidden else {})).values()]
+
+    def model(self, config, key):
+        """A model as GET shows it, a hidden one too. Raises Refused 404."""
+        return entry_of({m["key"]: m for m in self.models(config, hidden=True)}, "model", key)
+
+    def in_use(self, key):
+        """Whether a model is served or being loaded, or a rollback to it may come."""
+        book = self.swaps.book
+        swaps = [s for s in (book.running, book.waiting) if s]
+        plans = [plan.model for plan in (*book.slots.values(), *(s.previous for s in swaps)) if plan]
+        return key in (*plans, *(k for s in swaps for k in (s.model, s.from_model)), *(s["model"] for s in self.slots(self.store.current)))
+
+    def command(self, config, key):
+        """The command line that a swap to the model would run, secrets masked, or why there is none."""
+        model = (config.models | config.hidden)[key]
+        try:
+            slot = config.layout.slots.get(self.model(config, key)["serving_on"]) or pick_slot(config, None)
+            require(not model.hidden, "it is hidden")
+            require(model.mode == "solo" or len(slot.hosts) > 1, f"it is a cluster model, and slot {slot.name} has one Spark")
+            return make_plan(model, slot, config).shown
+        except (Refused, ValueError) as e:
+            return f"cannot be launched: {e}"
+
+    def edit_models(self, r, key, said, change):
+        """ConfigStore.edit of the overrides file, told as an event if it changed something."""
+        before, after = self.store.edit("overrides", change)
+        if after is not before:
+            self.events.add("catalog_changed", f"{r.client} {said} {key}", client=r.client, model=key)
+        return before, after
 
     def services(self, config):
         """The services that are configured and not disabled, by name."""
         hidden = config.settings["DISABLED_SERVICES"]
         return {s.name: s for s in config.layout.services.values() if s.configured and s.name not in hidden}
 
+    def exposed(self):
+        bind, key = self.store.started["SPARKCTL_BIND"], self.store.settings["SPARKCTL_API_KEY"]
+        return [] if self.demo else exposure(bind, key, os.geteuid() == 0)[0]
+
     def state(self):
         config, version = self.store.current, self.hub.version()
         running, recent = self.swaps.book.running, self.swaps.recent
         schedules, conflicts = self.schedules.view()
         return {"version": version, "now": utc(), "demo": self.demo,
-                "warnings": [*config.settings.warnings, *map(str, config.problems), *self.warnings],
+                "warnings": [*self.exposed(), *config.settings.warnings, *map(str, config.problems), *self.warnings],
                 "sparks": [{"name": s.name, "host": s.host, **self.monitor.spark(s.name)._asdict()} for s in config.sparks.values()],
                 "slots": list(self.slots(config)), "models": self.models(config),
                 "services": [{"name": s.name, "kind": s.kind, "label": s.label, "state": "unknown", "host": s.host, "port": s.port}
@@ -5226,6 +5453,100 @@ def get_v1_models(app, r):
         for slot, served in app.views().items() for name in served]}
 
 
+def add_model(doc, config, key, entry):
+    """Add an entry to the overrides file's mapping; ConfigStore.edit judges it. Raises Refused 409."""
+    if key in (*doc["models"], *config.models, *config.hidden):
+        raise Refused(409, "model_exists", f"there is a model {key} already{', hidden' if key in config.hidden else ''}", model=key)
+    doc["models"][key] = entry
+
+
+def post_model(app, r):
+    entry = {k: v for k, v in parse_json(r.body).items() if v is not None}
+    needed(entry, "key")
+    key = checked({"key": entry.pop("key")}, {"key": matching(KEY.pattern, f"must match {KEY.pattern}")}, "the body")["key"]
+    _, config = app.edit_models(r, key, "added", lambda doc, config: add_model(doc, config, key, entry))
+    return 201, app.model(config, key), {"Location": f"/api/models/{key}"}
+
+
+def refuse_used(app, key):
+    if app.in_use(key):
+        raise Refused(409, "model_serving", f"{key} is served or being loaded: serve another model or unload first", model=key)
+
+
+def drop_model(app, r):
+    key = r.args["key"]
+    if not app.model(app.store.current, key)["added"]:
+        raise Refused(409, "not_added", f'{key} stands in models.yaml, which is yours; to hide it PUT /api/models/{key} {{"hidden": true}}')
+    refuse_used(app, key)
+
+    def change(doc, config):
+        doc.update({name: {k: v for k, v in doc[name].items() if k != key} for name in ("models", "knobs")})
+        doc["hidden"] = [k for k in doc["hidden"] if k != key]
+    app.edit_models(r, key, "removed", change)
+    return 200, {"deleted": key}
+
+
+def put_model(app, r):
+    needed(r.json, "hidden")
+    key, hide = r.args["key"], r.json["hidden"]
+    if not app.model(app.store.current, key)["hidden"] and hide:
+        refuse_used(app, key)
+
+    def change(doc, config):
+        doc["hidden"] = [k for k in doc["hidden"] if k != key] + ([key] if hide else [])
+    return 200, app.model(app.edit_models(r, key, "hid" if hide else "showed", change)[1], key)
+
+
+def put_knobs(app, r):
+    key, given = r.args["key"], parse_json(r.body)
+    app.model(app.store.current, key)
+
+    def change(doc, config):
+        old = doc["knobs"].get(key)
+        old = {str(k): v for k, v in old.items()} if isinstance(old, dict) else {}
+        new = respelled(given, [*dict((config.models | config.hidden)[key].knobs), *old])
+        left = {k: v for k, v in {**old, **new}.items() if k not in new or v is not None}
+        doc["knobs"] = {k: v for k, v in {**doc["knobs"], key: left}.items() if v or k != key}
+    before, after = app.edit_models(r, key, f"changed knobs ({', '.join(given)}) of", change)
+    return 200, {**app.model(after, key), "before": app.command(before, key), "after": app.command(after, key), "takes_effect":
+                 "at the next load; until then it serves with the old ones (POST /api/swap with restart: true loads it again)"
+                 if app.in_use(key) else "at once: the next swap to it uses them"}
+
+
+def get_settings(app, r):
+    store, settings = app.store, app.store.settings
+    return 200, {"settings": settings.public(), "warnings": settings.warnings,
+                 "restart_needed": [s.name for s in SETTINGS if s.restart and settings[s.name] != store.started[s.name]]}
+
+
+def put_settings(app, r):
+    given, store = parse_json(r.body), app.store
+    stranger = exposure(store.started["SPARKCTL_BIND"], store.settings["SPARKCTL_API_KEY"], root=False)[0]
+
+    def parse(s, value):
+        parts = value if isinstance(value, list) else [value]
+        require(not any(isinstance(part, (dict, list)) for part in parts), "must be text, a number, true, false or a list of texts")
+        require(s.name != "SPARKCTL_DATA", "says where settings.yaml is, so it cannot stand in it: use the environment or --data")
+        s.parse(setting_text(value) or s.default)
+    checked(given, {s.name: functools.partial(parse, s) for s in SETTINGS}, "the body")
+    for name in given:
+        source = store.settings.sources[name]
+        if stranger and SETTING[name].guarded:
+            raise Refused(403, "setting_protected", f"{name} can be changed with an API key only, or where sparkctl listens on loopback: "
+                          "set it in the environment or in settings.yaml", name=name)
+        if source in PINNED:
+            raise Refused(409, "pinned", f"{name} comes from the {source}, which goes first: change it there", name=name, source=source)
+
+    def change(doc, config):
+        doc.update(given)
+        for name in (name for name, value in given.items() if not setting_text(value)):
+            del doc[name]
+    before, after = store.edit("settings", change)
+    if after is not before:
+        app.events.add("settings_changed", f"{r.client} set {', '.join(sorted(given))}", client=r.client, names=sorted(given))
+    return get_settings(app, r)
+
+
 class Route(NamedTuple):
     method: str
     path: str
@@ -5256,9 +5577,13 @@ ROUTES = (
     Route("GET",    "/",                     get_page, open=True),
     Route("GET",    "/healthz",              lambda app, r: (200, {"status": "ok", "version": VERSION}), open=True),
     Route("GET",    "/api/state",            get_state, {"since": line_of(80), "wait": number(0, 55)}),
-    Route("GET",    "/api/models",           lambda app, r: (200, {"models": app.models(app.store.current)})),
-    Route("GET",    "/api/models/{key}",
-          lambda app, r: (200, entry_of({m["key"]: m for m in app.models(app.store.current)}, "model", r.args["key"]))),
+    Route("GET",    "/api/models",
+          lambda app, r: (200, {"models": app.models(app.store.current, r.query.get("hidden", False))}), {"hidden": flag}),
+    Route("POST",   "/api/models",           post_model),
+    Route("GET",    "/api/models/{key}",     lambda app, r: (200, app.model(app.store.current, r.args["key"]))),
+    Route("PUT",    "/api/models/{key}",     put_model, {}, {"hidden": boolean}),
+    Route("DELETE", "/api/models/{key}",     drop_model),
+    Route("PUT",    "/api/models/{key}/knobs", put_knobs),
     Route("GET",    "/api/swap",             lambda app, r: (200, {"running": (s := app.swaps.book.running) and s.public(),
                                                                    "recent": [old.public() for old in app.swaps.recent]})),
     Route("POST",   "/api/swap",             post_swap, WAIT | FORCE, SWAP_BODY),
@@ -5287,8 +5612,8 @@ ROUTES = (
           lambda app, r: (200, {"restarted": r.args["name"], "detail": app.restart(r.args["name"], **right_of(r))}), FORCE),
     Route("GET",    "/api/health/deep",      lambda app, r: (200, app.health())),
     Route("GET",    "/api/events",           lambda app, r: (200, {"events": app.events.since(r.query.get("since", 0))}), SINCE),
-    Route("GET",    "/api/settings",         lambda app, r: (200, {"settings": app.store.settings.public(),
-                                                                   "warnings": app.store.settings.warnings})),
+    Route("GET",    "/api/settings",         get_settings),
+    Route("PUT",    "/api/settings",         put_settings),
     Route("GET",    "/v1/models",            get_v1_models),
 )
 
@@ -5644,30 +5969,18 @@ def demo_engine(port, model, *names):
 
 
 def build_settings(args, environ):
-    """Command line and environment -> (Settings, data directory, {name: path of a YAML file})."""
+    """Command line and environment -> (Settings, data directory, {name: path of a YAML file}, what makes Settings of settings.yaml)."""
     flags = {"SPARKCTL_BIND": args.bind, "SPARKCTL_PORT": args.port, "SPARKCTL_DATA": args.data}
-    early = parse_settings(environ, {}, flags)
-    data_dir = os.path.join(HERE, early["SPARKCTL_DATA"])
-    try:
-        settings = parse_settings(environ, read_yaml(os.path.join(data_dir, "settings.yaml")), flags)
-    except (OSError, ValueError) as e:
-        settings = early._replace(warnings=(*early.warnings, f"settings.yaml cannot be read and is ignored: {e}"))
-    paths = {"models": args.models or os.path.join(HERE, "models.yaml"),
+    parse = lambda values: parse_settings(environ, values, flags)
+    settings = parse({})
+    data_dir = os.path.join(HERE, settings["SPARKCTL_DATA"])
+    with contextlib.suppress(OSError, ValueError):          # ConfigStore reports it
+        settings = parse(read_yaml(os.path.join(data_dir, "settings.yaml")))
+    paths = {"settings": os.path.join(data_dir, "settings.yaml"),
+             "models": args.models or os.path.join(HERE, "models.yaml"),
              "services": args.services or os.path.join(HERE, "services-overrides.yaml"),
              "overrides": os.path.join(data_dir, settings["MODELS_OVERRIDES"] or "models-overrides.yaml")}
-    return settings, data_dir, paths
-
-
-def exposure(settings, root, allow_root):
-    """What is unwise about who may reach us -> (sentences, whether the first is a refusal)."""
-    bind = settings["SPARKCTL_BIND"]
-    loopback = bind in ("localhost", "::1") or bind.startswith("127.")
-    refused = root and not loopback and not allow_root
-    told = ["root on a non-loopback address is refused; use another user, or --allow-root" if refused else
-            "sparkctl runs as root and needs no root: run it as a user that may ssh to the Sparks"] if root else []
-    if not loopback and not settings["SPARKCTL_API_KEY"]:
-        told.append(f"anybody who reaches {bind} may swap models: set SPARKCTL_API_KEY")
-    return told, refused
+    return settings, data_dir, paths, parse
 
 
 def refuse(why):
@@ -5700,10 +6013,43 @@ def run_check(store, found):
     return 1 if found else 0
 
 
+def run_import(store, files, write):
+    """Recipes as catalog entries: printed, or added to the overrides file -> exit code 0; 1: one is not imported, 2: one cannot be read."""
+    status, done = 0, set()
+    for path in files:
+        key = re.sub(r"[^a-z0-9._-]+", "-", re.sub(r"\.ya?ml$", "", os.path.basename(path).lower())).strip("-._")[:64]
+        try:
+            with open(path, "rb") as f:
+                data, notes = f.read(1 << 20), []
+            try:
+                recipe = parse_yaml(data)
+            except ValueError as e:             # a real recipe gives `container` twice
+                require("given twice" in str(e), str(e))
+                recipe, notes = parse_yaml(data, yaml.SafeLoader), [f"{e}; the last one counts"]
+            entry, more = import_recipe(recipe, max(2, len(store.sparks)))
+            require(key not in done, f"{key} was imported from another file already")
+            try:
+                store.edit("overrides", lambda doc, config, key=key, entry=entry: add_model(doc, config, key, entry), dry=not write)
+            except Refused as e:
+                require(e.status == 409 and not write, str(e))
+                more.append(str(e))
+        except (OSError, ValueError) as e:
+            status = max(status, 2 if isinstance(e, OSError) else 1)
+            print(f"{printable(path, 300)}: not imported: {printable(getattr(e, 'strerror', None) or str(e), 500)}", file=sys.stderr)
+            continue
+        done.add(key)
+        for note in notes + more:
+            print(f"{printable(path, 300)}: {note}", file=sys.stderr)
+        title = printable(path, 300) + (", added" if write else ", to paste under `models:`")
+        told = "".join(f"# {line}\n" for line in (title, *notes, *more))
+        print(re.sub("(?m)^(?=.)", "  ", told + to_yaml({key: entry})), end="")
+    return status
+
+
 def serve(store, data_dir, allow_root, demo):
     """Run until SIGTERM or SIGINT -> exit code."""
     settings = store.settings
-    warnings, refused = exposure(settings, os.geteuid() == 0, allow_root)
+    warnings, refused = exposure(settings["SPARKCTL_BIND"], settings["SPARKCTL_API_KEY"], os.geteuid() == 0, allow_root)
     if refused:
         return refuse(warnings[0])
     sys.setswitchinterval(0.0005)               # a busy thread must not delay the relay of tokens
@@ -5724,7 +6070,6 @@ def serve(store, data_dir, allow_root, demo):
         return refuse(f"{data_dir}: another sparkctl uses this data directory")
     except (OSError, ValueError) as e:          # ValueError: an address that no name can be
         return refuse(f"cannot start on {settings['SPARKCTL_BIND']} port {settings['SPARKCTL_PORT']} with data in {data_dir}: {e}")
-    app.warnings[:0] = [] if demo else warnings
     told, tell = socket.socketpair()            # the kernel may give a signal to any thread, and only a byte wakes this one
     tell.setblocking(False)
     signal.set_wakeup_fd(tell.fileno())
@@ -5732,7 +6077,7 @@ def serve(store, data_dir, allow_root, demo):
         signal.signal(number_, lambda *_: None)
     app.start()
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-    for warning in (*settings.warnings, *map(str, store.current.problems), *app.warnings):
+    for warning in (*app.exposed(), *settings.warnings, *map(str, store.current.problems), *app.warnings):
         log(f"warning: {warning}")
     print(f"sparkctl {VERSION} on {Endpoint(*server.server_address[:2]).url}/", flush=True)
     told.recv(1)
@@ -5746,8 +6091,11 @@ def main(argv):
     if argv[:1] == ["demo-engine"]:
         return demo_engine(*argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Every setting is an environment variable: see README.md")
-    parser.add_argument("command", nargs="?", choices=("serve", "check"), default="serve",
-                        help="serve (the default): run; check: print what is in force, with every problem")
+    parser.add_argument("command", nargs="?", choices=("serve", "check", "import-recipe"), default="serve",
+                        help="serve (the default): run; check: print what is in force, with every problem; "
+                        "import-recipe: turn recipes of spark-vllm-docker into models")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="recipes to import")
+    parser.add_argument("--write", action="store_true", help="add imported models to the overrides file instead of printing them")
     parser.add_argument("--version", action="version", version=f"sparkctl {VERSION}")
     parser.add_argument("--bind", metavar="A", help="address to listen on")
     parser.add_argument("--port", metavar="N", help="port to listen on")
@@ -5756,7 +6104,9 @@ def main(argv):
     parser.add_argument("--services", metavar="FILE", help="instead of services-overrides.yaml beside the script")
     parser.add_argument("--demo", action="store_true", help="two pretended Sparks on this machine; needs no hardware")
     parser.add_argument("--allow-root", action="store_true", help="run as root on a non-loopback address all the same")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if bool(args.files) != (args.command == "import-recipe") or args.write and not args.files:
+        parser.error("FILE and --write belong to import-recipe, which needs a FILE")
     for wrong in parse_settings({}, flags={"SPARKCTL_BIND": args.bind, "SPARKCTL_PORT": args.port}).warnings:
         parser.error(wrong.removesuffix("; using the next source"))
     os.umask(0o077)
@@ -5768,7 +6118,7 @@ def main(argv):
             args.models, args.services = os.path.join(folder, "models.yaml"), os.path.join(folder, "services-overrides.yaml")
             real = re.compile(r"SPARK\d_|VLLM_|LAUNCH_DIR|LOCAL_MODEL_ROOTS|MODELS_OVERRIDES|SPARKCTL_DATA|DISABLED_SERVICES")
             environ = {k: v for k, v in os.environ.items() if not real.match(k)} | demo_setup(folder)
-        settings, data_dir, paths = build_settings(args, environ)
+        settings, data_dir, paths, parse = build_settings(args, environ)
         found = []
         try:
             os.makedirs(data_dir, mode=0o700, exist_ok=True)
@@ -5776,12 +6126,14 @@ def main(argv):
                 raise PermissionError(13, "not readable and writable", data_dir)
         except OSError as e:
             found = [f"the data directory {data_dir} cannot be used: {e.strerror}"]
-        store = ConfigStore(settings, paths)
+        store = ConfigStore(settings, paths, parse)
         if args.command == "serve":
             return refuse(found[0]) if found else serve(store, data_dir, args.allow_root, args.demo)
         if unreadable := [p for p in (args.models, args.services) if p and not os.access(p, os.R_OK)]:
             return refuse(f"{' and '.join(unreadable)} cannot be read")
-        return run_check(store, found + exposure(settings, False, False)[0])
+        if args.command == "import-recipe":
+            return refuse(found[0]) if found and args.write else run_import(store, args.files, args.write)
+        return run_check(store, found + exposure(settings["SPARKCTL_BIND"], settings["SPARKCTL_API_KEY"], False)[0])
 
 
 if __name__ == "__main__":

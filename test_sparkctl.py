@@ -2230,6 +2230,108 @@ def test_the_sixth_hundred_connection_is_told_to_come_back(bare):
     until(lambda: raw(bare.port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 200"))
 
 
+def test_a_slot_that_came_into_the_file_together_with_an_edit_is_watched_too(start, tmp_path):
+    for name in ("m.yaml", "s.yaml"):
+        (tmp_path / name).touch()
+    p = start({"SPARK1_HOST": "local", "POLL_SECONDS": "1"}, args=("--models", str(tmp_path / "m.yaml"), "--services", str(tmp_path / "s.yaml")))
+    (tmp_path / "s.yaml").write_text("slots: {other: {port: 1}}")
+    assert p.post("/api/models", {"key": "x", "repo": "a/b"}).status == 201         # most likely before the thread `config` looks
+    assert until(lambda: (slot := serves(p))["state"] == "empty" and slot["name"] == "other")
+
+
+# --- settings
+
+def put(program, expect=200, headers=(), **values):
+    got = program.call("PUT", "/api/settings", values, headers=dict(headers))
+    assert got.status == expect, got.body
+    return got.json if expect == 200 else (got.code, got.json["error"]["message"])
+
+
+def setting(reply, name):
+    return next(row for row in reply["settings"] if row["name"] == name)
+
+
+def test_settings_are_changed_at_once_or_at_the_next_start_as_told(start, tmp_path):
+    (tmp_path / "none.yaml").touch()
+    p = start({"VLLM_PORT": "7777"}, args=("--models", str(tmp_path / "none.yaml"), "--services", str(tmp_path / "none.yaml")))
+    there = {"Host": "sparks.example"}
+    assert p.get("/api/state", headers=there).status == 421
+    got = put(p, SWAP_DRAIN_SECONDS=5, SWAP_ROLLBACK=False, DISABLED_SERVICES=["a", "b"], SPARK1_HOST="local", SPARKCTL_ALLOWED_HOSTS="sparks.example")
+    assert got["restart_needed"] == ["SPARK1_HOST"] and setting(got, "SPARK1_HOST")["restart"] and not setting(got, "SWAP_ROLLBACK")["restart"]
+    assert [setting(got, n)["value"] for n in ("SWAP_DRAIN_SECONDS", "SWAP_ROLLBACK", "DISABLED_SERVICES")] == [5.0, False, "a,b"]
+    assert setting(got, "VLLM_PORT")["pinned"] and not setting(got, "SPARKCTL_ALLOWED_HOSTS")["pinned"]
+    assert p.get("/api/state", headers=there).json["sparks"] == []
+    assert yaml.safe_load((p.data / "settings.yaml").read_text()) == {"SWAP_DRAIN_SECONDS": 5, "SWAP_ROLLBACK": False, "DISABLED_SERVICES": ["a", "b"],
+                                                                      "SPARK1_HOST": "local", "SPARKCTL_ALLOWED_HOSTS": "sparks.example"}
+    event = p.get("/api/events").json["events"][0]
+    assert (event["kind"], event["client"], event["names"][0]) == ("settings_changed", "127.0.0.1", "DISABLED_SERVICES")
+    got = put(p, SWAP_DRAIN_SECONDS=None, SWAP_ROLLBACK="", SPARKCTL_ALLOWED_HOSTS=None)
+    assert (setting(got, "SWAP_DRAIN_SECONDS")["value"], setting(got, "SWAP_ROLLBACK")["source"]) == (30.0, "default")
+    p.restart()
+    assert p.get("/api/settings").json["restart_needed"] == [] and p.get("/api/state").json["sparks"][0]["name"] == "spark1"
+    (p.data / "settings.yaml").write_text("HOLD_SECONDS: 7\nSPARK1_HOST: local")
+    until(lambda: setting(p.get("/api/settings").json, "HOLD_SECONDS")["value"] == 7)
+    (p.data / "settings.yaml").write_text("HOLD_SECONDS: [")
+    until(lambda: any("settings.yaml" in w for w in p.get("/api/state").json["warnings"]))
+    assert setting(p.get("/api/settings").json, "HOLD_SECONDS")["value"] == 7 and put(p, 409, HOLD_SECONDS=8)[0] == "settings_broken"
+
+
+def test_a_setting_that_makes_no_sense_is_refused_in_words_and_nothing_is_written(bare):
+    for body, status, code, words in (
+            ({"SWAP_DRAN_SECONDS": 5}, 422, "unknown_field", "did you mean SWAP_DRAIN_SECONDS?"), ({"HOLD_SECONDS": "soon"}, 422, "bad_field", "must be a number from 0"),
+            ({"HOLD_SECONDS": {"a": 1}}, 422, "bad_field", "must be text, a number"), ({"DISABLED_SERVICES": [["a"]]}, 422, "bad_field", "must be text, a number"),
+            ({"SPARKCTL_DATA": "/x"}, 422, "bad_field", "says where settings.yaml is"), ({"LAUNCH_DIR": "a\nb"}, 422, "bad_field", "control characters"),
+            ({"SPARK1_HOST": "-oProxyCommand=id"}, 422, "bad_field", "host name"), ({"SPARKCTL_API_KEY": "hush\x07"}, 422, "bad_field", "control characters"),
+            ({"WEBHOOK_URL": "ftp://hush"}, 422, "bad_field", "must be addresses"), ({"LOCAL_MODEL_ROOTS": "/a/../b"}, 422, "bad_field", "not an absolute"),
+            ({"MAX_BODY_MB": 2}, 409, "pinned", "MAX_BODY_MB comes from the environment"), ({"SPARKCTL_PORT": 1}, 409, "pinned", "command line"),
+            ({"HOLD_SECONDS": 5, "NOPE": 1}, 422, "unknown_field", "NOPE")):
+        got = bare.call("PUT", "/api/settings", body)
+        assert (got.status, got.code) == (status, code) and words in got.json["error"]["message"] and b"hush" not in got.body, got.body
+    assert bare.call("PUT", "/api/settings", {"HOLD_SECONDS": 1}, headers={"Origin": "http://evil.example"}).status == 403
+    assert not (bare.data / "settings.yaml").exists() and bare.get("/api/events").json["events"][0]["kind"] == "started"
+    (bare.data / "settings.yaml").mkdir()
+    assert put(bare, 503, HOLD_SECONDS=5)[0] == "settings_unwritable"
+
+
+def test_a_secret_is_set_and_never_told_and_an_api_key_counts_from_the_next_request_on(bare):
+    version = bare.get("/api/state").json["version"]
+    told = bare.call("PUT", "/api/settings", {"SPARKCTL_API_KEY": "s3cret one", "WEBHOOK_SECRET": "s3cret", "VLLM_API_KEY": "s3cret"})
+    assert told.status == 200 and setting(told.json, "SPARKCTL_API_KEY")["value"] == "set"
+    assert bare.get(f"/api/state?since={version}").status == 401
+    auth = {"Authorization": "Bearer s3cret one"}
+    shown = bare.get("/api/state", headers=auth).body + bare.get("/api/events", headers=auth).body + told.body
+    assert b"s3cret" not in shown and "s3cret" not in bare.said() and (bare.data / "settings.yaml").stat().st_mode & 0o777 == 0o600
+    assert put(bare, headers=auth, SPARKCTL_API_KEY=None)["restart_needed"] == [] and bare.get("/api/state").status == 200
+
+
+def test_on_an_open_address_without_a_key_strangers_cannot_change_what_runs_or_who_may_ask(tmp_path):
+    def app_of(values=(), **env):
+        (tmp_path / "none.yaml").touch()
+        paths = {name: str(tmp_path / "none.yaml") for name in ("models", "overrides", "services")} | {"settings": str(tmp_path / "settings.yaml")}
+        parse = functools.partial(sc.parse_settings, env)
+        return sc.App(sc.ConfigStore(parse(dict(values)), paths, parse), str(tmp_path))
+
+    def ask(app, **values):
+        request = sc.Request("PUT", "/api/settings", 1, [])
+        request.body, request.client = json.dumps(values).encode(), "10.0.0.9"
+        try:
+            return sc.put_settings(app, request)[0]
+        except sc.Refused as e:
+            return e.status, e.code
+    app, guarded = app_of(SPARKCTL_BIND="0.0.0.0"), [s.name for s in sc.SETTINGS if s.guarded and s.name != "SPARKCTL_DATA"]
+    assert {"SPARK1_HOST", "SPARK8_USER", "LAUNCH_DIR", "MODELS_OVERRIDES", "LOCAL_MODEL_ROOTS", "WEBHOOK_URL", "SPARKCTL_API_KEY", "SPARKCTL_BIND"} <= set(guarded)
+    for name in guarded:
+        assert ask(app, **{name: "http://x" if name == "WEBHOOK_URL" else "/x" if name == "LOCAL_MODEL_ROOTS" else "x"}) == (403, "setting_protected"), name
+    assert ask(app, HOLD_SECONDS=5) == 200 and any("set SPARKCTL_API_KEY" in w for w in app.state()["warnings"])
+    app.hosts.close()
+    app = app_of({"SPARKCTL_BIND": "0.0.0.0"})              # and the file says loopback since, for the next start
+    assert app.store.settings["SPARKCTL_BIND"] == "127.0.0.1" and ask(app, LAUNCH_DIR="/x") == (403, "setting_protected")
+    app.hosts.close()
+    app = app_of(SPARKCTL_BIND="0.0.0.0", SPARKCTL_API_KEY="k")
+    assert ask(app, LAUNCH_DIR="/x") == 200 and not any("set SPARKCTL_API_KEY" in w for w in app.state()["warnings"])
+    app.hosts.close()
+
+
 # === 15 demo ==================================================================
 
 def test_the_demo_shows_a_swap_a_failure_with_rollback_and_answers_chat(start, tmp_path):
@@ -2338,6 +2440,35 @@ def test_sigterm_lets_a_reply_in_flight_end_and_leaves_the_engine_running(two):
         assert two.kill(signal.SIGTERM) == 0
         assert b"[DONE]" in reply.result(10).body
     assert len(two.rig.engines("spark1")) == 1
+
+
+def test_recipes_are_printed_to_paste_or_written_and_each_that_fails_is_named(tmp_path):
+    files = {"Nemotron 3.YAML": RECIPE, "good.yml": "command: vllm serve a/b --x 1", "again/good.yaml": "command: vllm serve c/d", "bad.yaml": "command: vllm serve a/b {x}",
+             "broken.yaml": "command: [", "twin.yaml": "command: vllm serve org/one", "ü.yaml": "command: vllm serve a/u"}
+    for name, said in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(said)
+    (tmp_path / "m.yaml").write_text("models: {one: {repo: org/one}}")
+
+    def run(*args, names=tuple(files)):
+        return run_once("import-recipe", *(str(tmp_path / n) for n in names), "--models", str(tmp_path / "m.yaml"), *args, env={"SPARKCTL_DATA": str(tmp_path / "d")})
+    got = run()
+    assert got.returncode == 1, got
+    models, problems = sc.parse_catalog({"models": yaml.load(got.stdout, sc.LoudLoader)}, {}, ROOTS)
+    assert problems == [] and sorted(models) == ["good", "nemotron-3", "twin"]
+    for name, words in (("Nemotron 3.YAML", "'container' is given twice; the last one counts"), ("again/good.yaml", "not imported: good was imported from another file"),
+                        ("bad.yaml", "not imported: the command's '{x}'"), ("broken.yaml", "not imported: line 1"), ("twin.yaml", "org/one is claimed by one too"),
+                        ("ü.yaml", "not imported")):
+        assert re.search(re.escape(f"{tmp_path}/{name}: ") + ".*" + re.escape(words), got.stderr), (name, got.stderr)
+    assert "# line" in got.stdout and "build_args: --tf5" in got.stdout and not (tmp_path / "d" / "models-overrides.yaml").exists()
+    assert run("--write", names=("good.yml", "twin.yaml")).returncode == 1
+    store = yaml.safe_load((tmp_path / "d" / "models-overrides.yaml").read_text())
+    assert list(store["models"]) == ["good"] and store["models"]["good"]["knobs"] == {"x": 1}
+    again = run("--write", names=("good.yml",))
+    assert again.returncode == 1 and "there is a model good already" in again.stderr
+    assert run(names=("good.yml",)).returncode == 0 and run(names=("good.yml", "none.yaml", "bad.yaml")).returncode == 2
+    for wrong in (["import-recipe"], ["check", "x.yaml"], ["--write"]):
+        assert run_once(*wrong).returncode == 2
 
 
 # === a real sshd ==============================================================
@@ -2534,6 +2665,17 @@ def pids_of(command):
     return found
 
 
+def test_the_readmes_edits_work_on_the_demo(start):
+    need(shutil.which("curl"), "curl")
+    p = start(args=("--demo",))
+    block = next(b for b in re.findall(r"```sh\n(.*?)```", README, re.S) if "/knobs" in b)
+    for line in block.replace("localhost:9999", f"127.0.0.1:{p.port}").splitlines():
+        got = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=20)
+        assert got.returncode == 0 and '"error"' not in got.stdout, (line, got.stdout)
+    assert setting(p.get("/api/settings").json, "HOLD_SECONDS")["value"] == 120 and p.get("/api/models/mine").status == 200
+    assert (shown := p.get("/api/models/tiny-chat").json)["hidden"] and shown["overridden"] == ["max-model-len"]
+
+
 def test_the_webhook_check_of_the_readme_is_right():
     names = {"hmac": hmac}
     exec(re.search(r"```python\n(.*?)```", README, re.S)[1], names)
@@ -2542,9 +2684,9 @@ def test_the_webhook_check_of_the_readme_is_right():
 
 
 def test_the_readmes_example_files_load_without_a_problem():
-    models, services = (yaml.load(block, sc.LoudLoader) for block in re.findall(r"```yaml\n(.*?)```", README, re.S))
+    models, services, overrides = (yaml.load(block, sc.LoudLoader) for block in re.findall(r"```yaml\n(.*?)```", README, re.S))
     settings = sc.parse_settings({})
-    assert sc.parse_catalog(models, {}, settings["LOCAL_MODEL_ROOTS"])[1] == []
+    assert sc.parse_catalog(models, overrides, settings["LOCAL_MODEL_ROOTS"])[1] == []
     assert sc.parse_layout(services, TWO, settings)[1] == []
 
 
@@ -2910,7 +3052,7 @@ def test_knobs_become_arguments_as_the_contract_says():
 def test_overrides_change_knobs_add_and_hide_models():
     base = {"models": {"a": {"repo": "o/a", "knobs": {"x": 1, "y": 2}}, "b": {"repo": "o/b"}}}
     models, problems = sc.parse_catalog(base, {"knobs": {"a": {"x": None, "y": 3, "z": False}}, "models": {"c": {"repo": "o/c"}}, "hidden": ["b"]}, ROOTS)
-    assert problems == [] and sorted(models) == ["a", "c"]
+    assert problems == [] and [k for k in sorted(models) if not models[k].hidden] == ["a", "c"] and models["b"].hidden
     assert dict(models["a"].knobs) == {"y": 3, "z": False} and models["c"].added
 
 
@@ -2937,6 +3079,295 @@ def test_a_key_given_twice_in_yaml_is_refused(tmp_path):
     (tmp_path / "m.yaml").write_text("models:\n  a: {repo: x/y}\n  a: {repo: x/z}\n")
     with pytest.raises(ValueError, match="line 3: the key 'a' is given twice"):
         sc.read_yaml(str(tmp_path / "m.yaml"))
+
+
+def overrides_of(program):
+    path = program.data / "models-overrides.yaml"
+    return yaml.safe_load(path.read_text()) if path.exists() else None
+
+
+def test_knobs_are_changed_left_out_and_given_back_and_the_command_line_follows(two):
+    got = two.call("PUT", "/api/models/alpha/knobs", {"max_model_len": 8192, "speculative-config": {"method": "mtp"}, "gpu-memory-utilization": False})
+    assert got.status == 200, got.body
+    assert got.json["knobs"] == {"max-model-len": 8192, "gpu-memory-utilization": False, "speculative-config": {"method": "mtp"}}
+    assert "--max-model-len 4096 --gpu-memory-utilization 0.5" in got.json["before"] and "launch-cluster.sh" in got.json["before"]
+    assert "--max-model-len 8192 --speculative-config '{\"method\": \"mtp\"}'" in got.json["after"] and "utilization" not in got.json["after"]
+    assert got.json["overridden"] == ["max-model-len", "speculative-config", "gpu-memory-utilization"] and got.json["takes_effect"].startswith("at once")
+    event = two.get("/api/events").json["events"][0]
+    assert (event["kind"], event["client"], event["model"]) == ("catalog_changed", "127.0.0.1", "alpha") and "max_model_len" in event["text"]
+    assert two.get("/api/models/alpha").json == {k: v for k, v in got.json.items() if k not in ("before", "after", "takes_effect")}
+    two.restart()
+    assert two.get("/api/models").json["models"][0]["overridden"] == got.json["overridden"]
+    back = two.call("PUT", "/api/models/alpha/knobs", {"max-model-len": None, "gpu_memory_utilization": None, "speculative-config": None}).json
+    assert (back["knobs"], back["overridden"], overrides_of(two)) == ({"max-model-len": 4096, "gpu-memory-utilization": 0.5}, [], sc.OVERRIDES)
+    for n in (4, 5):
+        assert two.swap("alpha", restart=True).status == 200
+        assert two.call("PUT", "/api/models/alpha/knobs", {"max-num-seqs": n}).json["takes_effect"].startswith("at the next load")
+    [(pid, argv)] = two.rig.engines("spark1")
+    assert argv[-2:] == ["--max-num-seqs", "4"]
+
+
+def test_a_long_poll_learns_of_an_edit_at_once(bare):
+    version = bare.get("/api/state").json["version"]
+    reader = background(bare.get, f"/api/state?since={version}&wait=50")
+    assert bare.post("/api/models", {"key": "x", "repo": "a/b"}).status == 201
+    assert [m["key"] for m in reader.result(20).json["models"]] == ["x"]
+
+
+def test_a_null_in_the_overrides_file_removes_the_flag_and_a_put_null_removes_that(two):
+    path = two.data / "models-overrides.yaml"
+    path.write_text("knobs: {alpha: {max-model-len: null}}")
+    until(lambda: "max-model-len" not in two.get("/api/models/alpha").json["knobs"])
+    assert two.get("/api/models/alpha").json["overridden"] == ["max-model-len"]
+    assert two.call("PUT", "/api/models/alpha/knobs", {"max_model_len": None}).json["knobs"]["max-model-len"] == 4096
+
+
+def test_fifty_edits_at_once_lose_none(two):
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        got = list(pool.map(lambda n: two.call("PUT", f"/api/models/{'alpha' if n % 2 else 'beta'}/knobs", {f"knob-{n}": n}), range(50)))
+    assert {g.status for g in got} == {200}
+    assert {k for entry in overrides_of(two)["knobs"].values() for k in entry} == {f"knob-{n}" for n in range(50)}
+
+
+@pytest.mark.parametrize("knobs,words", [
+    ({"--x": 1}, "without leading dashes"), ({"port": 1}, "port is set by sparkctl"), ({"served_model_name": "x"}, "is set by sparkctl"),
+    ({"x": 1 << 70}, "too large"), ({"x": "a\0b"}, "NUL"), ({"x": ["\ud800"]}, "surrogates"), ({"a\nb": 1}, "not a flag name"),
+    ({"$(id)": 1}, "not a flag name"), ({"x" * 10000: 1}, "not a flag name"), ({"x": functools.reduce(lambda v, _: [v], range(400), 1)}, "recursion"),
+    ({"x": "y" * (1 << 20)}, "too much, or")])
+def test_a_hostile_knob_is_refused_and_nothing_is_written(two, knobs, words):
+    got = two.call("PUT", "/api/models/alpha/knobs", knobs)
+    assert got.status == 422 and words in got.json["error"]["message"], got.body[:500]
+    assert overrides_of(two) is None and two.get("/api/models/alpha").json["overridden"] == []
+
+
+def test_a_model_is_added_by_repo_or_path_served_and_removed(two):
+    got = two.post("/api/models", {"key": "extra", "repo": "org/extra", "aliases": ["mine"], "knobs": {"gpu-memory-utilization": 0.5, "seed": None},
+                                   "env": {"A": 1}, "description": None})
+    assert (got.status, got.headers["Location"], got.json["added"], got.json["served_names"]) == (201, "/api/models/extra", True, ["extra", "org/extra", "mine"])
+    assert overrides_of(two)["models"]["extra"]["knobs"] == {"gpu-memory-utilization": 0.5, "seed": None}
+    for spark in two.rig.sparks:
+        two.rig.weights(spark, "org/extra")
+    assert two.swap("extra").status == 200
+    for method, path, body in (("DELETE", "/api/models/extra", None), ("PUT", "/api/models/extra", {"hidden": True})):
+        refused = two.call(method, path, body)
+        assert (refused.status, refused.code) == (409, "model_serving")
+    assert two.swap("alpha").status == 200
+    assert two.call("PUT", "/api/models/extra/knobs", {"z": 1}).status == two.call("PUT", "/api/models/extra", {"hidden": True}).status == 200
+    assert two.call("DELETE", "/api/models/extra").json == {"deleted": "extra"} and overrides_of(two) == sc.OVERRIDES
+    assert two.get("/api/models/extra").status == 404
+    assert two.post("/api/models", {"key": "extra", "local_path": f"{two.rig.local}-2"}).status == 201
+
+
+@pytest.mark.parametrize("body,status,code,words", [
+    ({"key": "alpha", "repo": "a/b"}, 409, "model_exists", "alpha"),
+    ({"key": "x", "repo": "org/alpha"}, 409, "name_taken", "claimed by alpha"),
+    ({"key": "x", "repo": "a/b", "aliases": ["gpt-4o"]}, 409, "name_taken", "gpt-4o is claimed by alpha"),
+    ({"key": "gpt-4o", "repo": "a/b"}, 409, "name_taken", "gpt-4o is claimed by alpha"),
+    ({"key": "Bad Key", "repo": "a/b"}, 422, "bad_field", "key must match"),
+    ({"key": 7, "repo": "a/b"}, 422, "bad_field", "key must match"),
+    ({"repo": "a/b"}, 422, "bad_field", "key is needed"),
+    ({"key": "x"}, 422, "bad_field", "exactly one of repo and local_path"),
+    ({"key": "x", "repo": "a/b", "mod": "solo"}, 422, "bad_field", "did you mean mode?"),
+    ({"key": "x", "repo": "a/b", "added": True}, 422, "bad_field", "is not a field of a model"),
+    ({"key": "x", "repo": "a/b", "env": {"A B": 1}}, 422, "bad_field", "env: A B"),
+    ({"key": "x", "repo": "a/b", "knobs": {"model": 1}}, 422, "bad_field", "knobs: model is set by"),
+    *(({"key": "x", "local_path": path}, 422, "bad_field", "local_path: must") for path in (
+        "models/x", "/etc/passwd", "ROOT/../etc", "ROOT/a/./b", "ROOT//a", "ROOT/a/", "//ROOT/a", "ROOT", "ROOT/a:b", "ROOT/a,b", "ROOT/a\nb", "ROOT/a\0b",
+        "ROOT/\u202eb", "ROOT/\x85b", "ROOT/" + "x" * 2000, "ROOTx/y"))])
+def test_a_model_that_may_not_be_added_is_refused_by_its_field_and_nothing_is_written(two, tmp_path, body, status, code, words):
+    if "local_path" in body:
+        body = {**body, "local_path": body["local_path"].replace("ROOT", str(tmp_path))}
+    got = two.post("/api/models", body)
+    assert (got.status, got.code) == (status, code) and words in got.json["error"]["message"], got.body
+    assert overrides_of(two) is None and len(two.get("/api/models").json["models"]) == 5
+
+
+def test_hostile_paths_and_values_of_an_added_model_stay_text_up_to_the_launch(two, tmp_path):
+    path = f"{tmp_path}/a b'$(touch pwned)`id`"
+    assert two.post("/api/models", {"key": "odd", "local_path": path, "args": ["$(id)", "\u202e"], "name": "\u202eevil\n"}).json["name"] == "\ufffdevil\ufffd"
+    got = two.call("PUT", "/api/models/odd/knobs", {"x": "'; rm -rf /"}).json
+    assert got["local_path"] == path and got["before"].startswith("cannot be launched: local_path") and got["after"] == got["before"]
+
+
+def test_a_shipped_model_is_not_removed_but_hidden_and_brought_back(two):
+    assert two.call("DELETE", "/api/models/beta").code == "not_added"
+    for _ in range(2):
+        assert two.call("PUT", "/api/models/beta", {"hidden": True}).json["hidden"] is True
+    assert "beta" not in [m["key"] for m in two.get("/api/models").json["models"]] and overrides_of(two) == {**sc.OVERRIDES, "hidden": ["beta"]}
+    assert [m["key"] for m in two.get("/api/models?hidden=true").json["models"] if m["hidden"]] == ["beta"]
+    assert two.swap("beta").status == 404 and two.call("PUT", "/api/models/beta/knobs", {"x": 1}).json["after"] == "cannot be launched: it is hidden"
+    assert two.post("/api/models", {"key": "beta", "repo": "a/b"}).code == "model_exists"
+    assert two.post("/api/models", {"key": "other", "repo": "org/beta"}).status == 201
+    assert two.call("PUT", "/api/models/beta", {"hidden": False}).code == "name_taken"
+    assert two.call("DELETE", "/api/models/other").status == two.call("PUT", "/api/models/beta", {"hidden": False}).status == 200
+    assert two.get("/api/models/beta").json["overridden"] == ["x"]
+    assert two.call("PUT", "/api/models/beta", {}).code == "bad_field" and two.call("PUT", "/api/models/betta", {"hidden": True}).status == 404
+
+
+def test_a_model_that_is_being_loaded_can_not_be_hidden(two):
+    two.rig.behave("spark1", "org/beta", load=30)
+    swap = two.post("/api/swap", {"model": "beta"}).json
+    assert two.call("PUT", "/api/models/beta", {"hidden": True}).code == "model_serving"
+    two.call("DELETE", f"/api/swap/{swap['id']}")
+    two.idle()
+    assert two.call("PUT", "/api/models/beta", {"hidden": True}).status == 200
+
+
+def test_what_people_wrote_into_the_overrides_file_is_kept_and_its_comments_in_a_copy(two):
+    path = two.data / "models-overrides.yaml"
+    mine = "# mine\nknobs:\n  gone: {a: 1}   # a model that is no more\n  beta: {c: 3}\nnotes: [2026-01-01, é]\nhidden: [wide]\n"
+    path.write_text(mine)
+    path.chmod(0o664)
+    real = two.data / "real.yaml"
+    path.rename(real)
+    path.symlink_to(real)
+    assert two.call("PUT", "/api/models/alpha/knobs", {"b": 2}).status == 200
+    assert path.is_symlink() and real.stat().st_mode & 0o777 == 0o664 and (two.data / "real.yaml.bak").read_text() == mine
+    text = real.read_text()
+    assert text.startswith("# Edit this by hand") and "\n  beta:\n    c: 3\n" in text
+    assert yaml.safe_load(text) == {"models": {}, **yaml.safe_load(mine), "knobs": {"gone": {"a": 1}, "beta": {"c": 3}, "alpha": {"b": 2}}}
+    assert two.call("PUT", "/api/models/alpha/knobs", {"b": 3}).status == 200 and (two.data / "real.yaml.bak").read_text() == mine
+    before = real.stat().st_mtime_ns
+    assert two.call("PUT", "/api/models/alpha/knobs", {"b": 3}).status == 200 and real.stat().st_mtime_ns == before      # nothing to do
+
+
+@pytest.mark.parametrize("said,words", [("knobs: {alpha: [", "line 1"), ("knobs: [1]", "must be mappings"), ("hidden: {a: 1}", "must be mappings"), ("- a", "mapping at the top"),
+                                        ("models:\n a: {}\n a: {}", "line 3: the key 'a' is given twice")])
+def test_a_broken_overrides_file_is_named_and_not_written_over(two, said, words):
+    path = two.data / "models-overrides.yaml"
+    path.write_text(said)
+    got = two.call("PUT", "/api/models/alpha/knobs", {"b": 2})
+    assert (got.status, got.code) == (409, "overrides_broken") and words in got.json["error"]["message"] and got.json["error"]["path"] == str(path)
+    assert path.read_text() == said
+
+
+@pytest.mark.parametrize("below", ["file/x.yaml", "missing/x.yaml", "directory"])
+def test_an_overrides_file_that_cannot_be_written_is_503_and_named(rig, start, tmp_path, below):
+    (tmp_path / "file").touch()
+    (tmp_path / "directory").mkdir()
+    p = start(rig_env(rig, tmp_path, MODELS_OVERRIDES=str(tmp_path / below)), args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    before = p.get("/api/models").json
+    for method, path, body in (("PUT", "/api/models/alpha/knobs", {"b": 2}), ("POST", "/api/models", {"key": "x", "repo": "a/b"}), ("PUT", "/api/models/alpha", {"hidden": True})):
+        got = p.call(method, path, body)
+        assert (got.status, got.code) == (503, "overrides_unwritable") and str(tmp_path / below) in got.json["error"]["message"], got.body
+    assert p.get("/api/models").json == before and "Traceback" not in p.said()
+
+
+def test_a_full_disk_changes_neither_the_file_nor_the_catalog(tmp_path, monkeypatch):
+    (tmp_path / "m.yaml").write_text("models: {a: {repo: x/y}}")
+    (tmp_path / "o.yaml").write_text("knobs: {a: {b: 1}}\n")
+    store = sc.ConfigStore(sc.parse_settings({}), {"models": str(tmp_path / "m.yaml"), "overrides": str(tmp_path / "o.yaml"), "services": str(tmp_path / "none")})
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(sc.os, "fsync", full)
+    with pytest.raises(sc.Refused, match="No space left") as e:
+        store.edit("overrides", lambda doc, config: doc["knobs"].update(a={"b": 2}))
+    assert (e.value.status, e.value.code) == (503, "overrides_unwritable") and (tmp_path / "o.yaml").read_text() == "knobs: {a: {b: 1}}\n"
+    assert dict(store.current.models["a"].knobs) == {"b": 1} and sorted(p.name for p in tmp_path.iterdir()) == ["m.yaml", "o.yaml"]
+
+
+# --- recipes
+
+def imported(recipe, sparks=2):
+    entry, notes = sc.import_recipe(yaml.safe_load(recipe) if isinstance(recipe, str) else recipe, sparks)
+    models, problems = sc.parse_catalog({"models": {"it": entry}}, {}, ROOTS)
+    assert problems == []
+    return models["it"], notes
+
+
+def serves_with(command, **more):
+    return imported({"recipe_version": "1", "name": "n", "container": "vllm-node", "command": command, **more})
+
+
+RECIPE = """
+recipe_version: "1"
+name: Nemotron  # a comment
+description: >-
+  two
+  lines
+model: nvidia/Other
+container: vllm-node
+container: vllm-node-tf5          # given twice
+mods: []
+build_args:
+  - --tf5   # a comment after a list item
+env:
+  # nothing but comments
+defaults:
+  port: 8000
+  host: 0.0.0.0
+  tensor_parallel: 2
+  kv: 6G
+  util: 0.70
+  spec: '{"method": "mtp", "n": 5}'
+command: |
+  vllm serve nvidia/Super  \\
+    --port {port} --host {host} \\
+    --served-model-name super nvidia/Super \\
+    --gpu-memory-utilization {util} --kv-cache-memory-bytes {kv} \\
+    --speculative-config '{spec}' \\
+    --override-generation-config '{{"temperature": 0.7, "stop": ["it''s"]}}' \\
+    --enable-prefix-caching --no-async-scheduling \\
+    --middleware a.b --middleware c.d -O3 --lora-modules x=y z=w --seed=-1 \\
+    -tp {tensor_parallel} --pipeline-parallel-size 1 --distributed-executor-backend ray \\
+    
+"""
+
+
+def test_a_recipe_with_all_that_real_ones_hold_becomes_an_entry_whose_command_is_the_same():
+    model, notes = imported(RECIPE)
+    assert (model.name, model.repo, model.mode, model.aliases, model.image, model.env, model.description) == (
+        "Nemotron", "nvidia/Super", "cluster", ("super",), "vllm-node-tf5", (), "two lines")
+    assert dict(model.knobs) == {"gpu-memory-utilization": 0.7, "kv-cache-memory-bytes": "6G", "speculative-config": {"method": "mtp", "n": 5},
+                                 "override-generation-config": {"temperature": 0.7, "stop": ["its"]}, "enable-prefix-caching": True,
+                                 "no-async-scheduling": True, "lora-modules": ["x=y", "z=w"], "seed": -1}
+    assert model.args == ("--middleware", "a.b", "--middleware", "c.d", "-O3") and notes == ["the image must be made with build_args: --tf5"]
+    slot = sc.Slot("main", ("spark1", "spark2"), 8888, "vllm_node", "launch-cluster")
+    argv = sc.engine_args(sc.claim_names({"it": model}, "")[0]["it"], slot)
+    assert argv[:8] == ["--served-model-name", "it", "nvidia/Super", "super", "--port", "8888", "--tensor-parallel-size", "2"]
+    assert argv[8:12] == ["--gpu-memory-utilization", "0.7", "--kv-cache-memory-bytes", "6G"] and "--seed=-1" in argv
+
+
+@pytest.mark.parametrize("command,more,mode,knobs,note", [
+    ("vllm serve a/b -tp {t}", {"defaults": {"t": 2}, "solo_only": True}, "solo", {}, "for one Spark"),
+    ("vllm serve a/b -tp 2", {"cluster_only": True}, "cluster", {}, ""),
+    ("vllm serve a/b", {"cluster_only": True, "env": {}, "mods": None, "defaults": None}, "cluster", {}, ""),
+    ("vllm serve a/b -tp 1", {}, "solo", {}, ""),
+    ("vllm serve a/b --tensor-parallel-size=4", {}, "cluster", {"tensor-parallel-size": 4}, "for 4 Sparks, and a cluster has 2"),
+    ("vllm serve a/b -pp 2", {}, "cluster", {"tensor-parallel-size": 1, "pipeline-parallel-size": 2}, ""),
+    ("vllm serve a/b --gpu-memory-utilization-gb {g}", {"defaults": {"g": 112}}, "solo", {}, "needs the mod gpu-mem-util-gb"),
+    ("vllm serve a/b --gpu-memory-utilization-gb 112", {"mods": ["mods/gpu-mem-util-gb"]}, "solo", {"gpu-memory-utilization-gb": 112}, "mods: mods/gpu-mem-util-gb"),
+    ("vllm serve a/b --api-key ${{KEY}} --x 1", {}, "solo", {"x": 1}, "--api-key ${KEY}"),
+    ("vllm serve a/b --x `id`", {}, "solo", {}, "`id`"),
+    ("vllm serve a/b --nnodes 2 --model c", {}, "solo", {}, "--nnodes 2"),
+    ("\n# why\nvllm serve a/b \\  \n  --x 'y # z'  # don't\n\n", {}, "solo", {"x": "y # z"}, ""),
+    ("vllm serve a/b --tokenizer_mode fast extra", {}, "solo", {"tokenizer-mode": ["fast", "extra"]}, ""),
+    ("vllm serve a/b --x NaN --y 007 --z 1e3 --w true --v '' --u '[1]' --t 1.50", {}, "solo",
+     {"x": "NaN", "y": "007", "z": "1e3", "w": "true", "v": "", "u": "[1]", "t": "1.50"}, ""),
+    ("vllm serve a/b", {"recipe_version": "2"}, "solo", {}, "recipe_version is 2"),
+    ("vllm serve a/b", {"env": {"A": 1, "B": None, "C": "$HOME/x", "D": ""}}, "solo", {}, "env B is left out"),
+])
+def test_what_a_recipe_says_of_sparks_values_and_shells_is_kept_or_told(command, more, mode, knobs, note):
+    model, notes = serves_with(command, **more)
+    assert (model.repo, model.mode, dict(model.knobs)) == ("a/b", mode, knobs) and (note in " | ".join(notes) if note else not notes), notes
+    assert dict(model.env) == ({"A": "1", "D": ""} if more.get("env") else {})
+
+
+@pytest.mark.parametrize("command,more,words", [
+    ("vllm serve a/b {x.__class__}", {"defaults": {"x": 1}}, "{x.__class__}"), ("vllm serve a/b {x[0]}", {"defaults": {"x": "abc"}}, "{x[0]}"),
+    ("vllm serve a/b {x!r}", {"defaults": {"x": 1}}, "{x!r}"), ("vllm serve a/b {x:>999999999}", {"defaults": {"x": 1}}, "{x:>9"),
+    ("vllm serve a/b {}", {}, "{}"), ("vllm serve a/b {port}", {}, "{port}"), ("vllm serve a/b }", {}, "}"), ("vllm serve a/b ${KEY}", {}, "{KEY}"),
+    ("vllm serve a/b {x}", {"defaults": {"x": None}}, "{x}"), ("vllm serve a/b {x}", {"defaults": {"x": [1]}}, "{x}"),
+    ("vllm serve a/b | tee x", {}, "|"), ("vllm serve a/b > log 2>&1", {}, ">"), ("(vllm serve a/b)", {}, "("), ("vllm serve a/b 'x", {}, "quotation"),
+    ("cd /tmp\nvllm serve a/b", {}, "a new line"), ("vllm serve a/b && id", {}, "&&"), ("vllm serve a/b # \\\n  --x 1", {}, "a new line"),
+    ("uvicorn server:app", {}, "`vllm serve MODEL`"), ("vllm serve --x 1", {}, "`vllm serve MODEL`"), ("", {}, "`vllm serve MODEL`"),
+    ("vllm serve a/b -tp auto", {}, "whole number"), ("vllm serve a/b", {"runtime": "sglang"}, "sglang"), ("vllm serve a/b", {"env": [1]}, "env cannot be a list"),
+    (["vllm"], {}, "command cannot be a list")])
+def test_a_recipe_that_cannot_be_imported_says_why(command, more, words):
+    with pytest.raises(ValueError) as e:
+        serves_with(command, **more)
+    assert words in str(e.value)
 
 
 # === 5 services ===============================================================
