@@ -605,7 +605,7 @@ def run_process(argv, timeout_s, cancel=None):
                     return Result("failed", -1, "", f"more than {OUTPUT_MAX >> 20} MiB of output")
         code = process.wait(max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return Result("time_out", -1, "", f"no end within {timeout_s:.3g} s")
+        return Result("time_out", -1, read["out"].decode("utf-8", "replace"), f"no end within {timeout_s:.3g} s")
     finally:
         end_process(process)
     return Result("failed" if code else "ok", code, *(b.decode("utf-8", "replace") for b in read.values()))
@@ -3546,7 +3546,111 @@ class Jobs:
 
 
 # === 12 monitor ===============================================================
-# Who looks at Sparks and slots while no swap does, one thread each; what they saw last is all that others read.
+# Who looks at Sparks and slots while no swap does, one thread each; what they saw last is all that others read. First
+# what a Spark is asked and how its answer is read: pure, and total, since a Spark may answer anything.
+
+SMI = "t nvidia-smi --query-{}={} --format=csv,noheader,nounits"
+LIGHT_FILES = "/proc/meminfo /proc/pressure/memory"
+SPARK_FILES = LIGHT_FILES + (" /proc/loadavg /proc/uptime /sys/class/thermal/thermal_zone*/temp /sys/class/net/*/operstate"
+                             " /sys/class/net/*/speed /sys/class/infiniband/*/ports/1/state")
+GPU_CELLS = ("utilization.gpu", "power.draw", "temperature.gpu", "clocks.current.sm", "driver_version")
+
+
+def spark_script(light=False):
+    """One look at a Spark, without root: files as `path:line`, then after `@part` what a program said, `@end` at last.
+
+    Any part may be missing, and a program that hangs is ended. light: memory, pressure and GPU only. It runs every few
+    seconds, hence two greps instead of a cat for each file.
+    """
+    script = f"""t() {{ timeout -k 1 3 "$@" 2>/dev/null </dev/null; }}
+grep -Hs '' {LIGHT_FILES if light else SPARK_FILES}
+echo @gpu; {SMI.format("gpu", ",".join(GPU_CELLS))}
+"""
+    # a process's container stands in its cgroup's name; anon and shmem are a container's own memory, without page cache
+    return script + ("" if light else f"""a=$({SMI.format("compute-apps", "pid,used_memory")}) && echo @apps && printf '%s\\n' "$a"
+f=
+while IFS=' ,' read -r p m; do case $p in ''|*[!0-9]*) ;; *) f="$f /proc/$p/cgroup" ;; esac; done <<E
+$a
+E
+echo @groups; grep -HsE 'docker|^(anon|shmem) ' $f /sys/fs/cgroup/system.slice/docker-*.scope/memory.stat /sys/fs/cgroup/docker/*/memory.stat
+echo @docker; t docker ps -a --no-trunc --format '{{{{.ID}}}} {{{{.Names}}}} {{{{.Status}}}}' && echo ok
+echo @df; t df -Pk "${{HF_HOME:-$HOME/.cache/huggingface}}" "$HOME" /
+""") + "echo @end\nexit 0\n"
+
+
+def figure(cell):
+    """The number in a cell, or None: on GB10 nvidia-smi says [N/A] or Not Supported in many."""
+    m = re.fullmatch(r"\s*(-?\d{1,15}(?:\.\d{1,9})?)\s*", cell, re.ASCII)
+    return float(m[1]) if m else None
+
+
+def parse_meminfo(lines):
+    """Lines of /proc/meminfo -> {name: GiB}."""
+    return {m[1]: int(m[2]) / (1 << 20) for line in lines if (m := re.fullmatch(r"(\w+):\s+(\d{1,15}) kB", line, re.ASCII))}
+
+
+def parse_apps(lines):
+    """`pid, MiB` lines of nvidia-smi -> {pid: GiB, None where it does not tell}. On GB10 this works, unlike the GPU's own memory."""
+    found = filter(None, (re.fullmatch(r"(\d{1,10}),([^,]*)", line.strip(), re.ASCII) for line in lines))
+    return {int(m[1]): None if (mib := figure(m[2])) is None else mib / 1024 for m in found}
+
+
+def parse_spark(out):
+    """spark_script's output -> what the Spark told; None, or nothing, for what it did not. `hangs`: the part it came no further than."""
+    part, parts, files = "files", collections.defaultdict(list), collections.defaultdict(list)
+    for line in out.splitlines()[:20_000]:
+        part = line[1:20] if line.startswith("@") else part
+        parts[part] += [] if line.startswith("@") else [line]
+    for line in parts["files"] + parts["groups"]:
+        path, _, said = line.partition(":")
+        files[path].append(said)
+    named = lambda pattern: [(m[1], said) for path, said in files.items() if (m := re.search(pattern + "$", path, re.ASCII))]
+    words = lambda pattern: [figure(word) for _, said in named(f"({pattern})") for word in said[0].split()] or [None]
+    gpu = (parts["gpu"] or [""])[0].split(",")
+    cells = [*map(figure, gpu), *[None] * 4]
+    pressure = re.search(r"some avg10=(\d{1,3}\.\d\d)", " ".join(said[0] for _, said in named("(/pressure/memory)")))
+    container = r"docker[-/]([0-9a-f]{64})"
+    rows = [line.split(" ", 2) for line in parts["docker"]]
+    heat = [t / 1000 for _, said in named("/thermal_zone(.*)/temp") if (t := figure(said[0])) is not None]
+    df = [*map(figure, " ".join(parts["df"][1:2]).split()), *[None] * 4]
+    speeds = dict(named("/net/([^/]*)/speed"))
+    return {
+        "memory": parse_meminfo(line for _, said in named("(/meminfo)") for line in said), "pressure": float(pressure[1]) if pressure else None,
+        "gpu": {**dict(zip(("busy", "power_w", "temperature_c", "clock_mhz"), cells)), "driver": printable(gpu[4].strip(), 40)} if len(gpu) == 5 else None,
+        "apps": parse_apps(parts["apps"]) if "apps" in parts else None,
+        "container_of": {int(pid): m[1] for pid, said in named(r"/(\d{1,10})/cgroup") if (m := re.search(container, " ".join(said)))},
+        "container_gb": {name: sum(figure(line.split(" ")[-1]) or 0 for line in said) / GIB for name, said in named(container + r"[^/]*/memory\.stat")},
+        "containers": {row[0]: (row[1], printable(row[2], 200)) for row in rows if len(row) == 3} if ["ok"] in rows else None,
+        "load": words("/loadavg")[0], "uptime_s": words("/uptime")[0], "temperature_c": max(heat, default=None),
+        "disk": {"total_gb": round(df[1] / (1 << 20)), "free_gb": round(df[3] / (1 << 20), 1)} if df[1] and df[3] else None,
+        "links": [{"name": name, "state": printable(said[0], 20), "mbit": figure(speeds.get(name, [""])[0])}
+                  for name, said in sorted(named(r"/net/(e[\w.-]{1,15})/operstate"))[:32]],
+        "fabric": sum("ACTIVE" in said[0] for _, said in named(r"(/ports/1/state)")), "hangs": None if part == "end" else part}
+
+
+def ledger(facts, owners):
+    """Where a Spark's memory is, GiB; its parts add up to the total, what nothing explains being `unknown`. None if it does not tell.
+
+    owners: {container: ("engines" or "services", name)}. A container's memory is its own, anonymous and shared, and what
+    its processes hold on the GPU; None where the GPU does not tell. Page cache is given back when needed.
+    """
+    memory, apps = facts["memory"], facts["apps"]
+    if not {"MemTotal", "MemAvailable", "MemFree"} <= memory.keys():
+        return None
+    cache = sum(memory.get(name, 0) for name in ("Buffers", "Cached", "SReclaimable")) - memory.get("Shmem", 0)
+    use, dark = collections.Counter(facts["container_gb"]), set()
+    for pid, gb in (apps or {}).items():
+        use[facts["container_of"].get(pid, "")] += gb or 0
+        dark |= {facts["container_of"].get(pid, "")} if gb is None else set()
+    parts, known = {"engines": {}, "services": {}, "others": {}}, facts["containers"] or {}
+    for container, gb in use.items():
+        name = known.get(container, (container[:12] or "processes on the GPU",))[0]
+        kind, name = owners.get(name, ("others", name))
+        parts[kind][name] = None if container in dark or apps is None and kind == "engines" else round(gb, 2)
+    told = sum(gb for part in parts.values() for gb in part.values() if gb)
+    rest = memory["MemTotal"] - memory["MemFree"] - cache - told
+    sums = {"total": memory["MemTotal"], "available": memory["MemAvailable"], "free": memory["MemFree"], "page_cache": cache, "unknown": max(0.0, rest)}
+    return {**{name + "_gb": round(gb, 2) for name, gb in sums.items()}, **parts}
 
 
 class SlotView(NamedTuple):
@@ -3556,12 +3660,55 @@ class SlotView(NamedTuple):
 
 
 class SparkView(NamedTuple):
-    state: str                  # ok, unreachable, unknown
+    """What a Spark last told."""
+    state: str                  # ok, stale (not heard of for too long), unreachable, unknown
     detail: str = ""
     remedy: str = ""
     seen_at: str | None = None
-    memory: dict | None = None  # total_gb, available_gb
+    memory: dict | None = None  # total_gb, available_gb, swap_free_gb, pressure: % of the last 10 s that work stood still for memory
     failures: int = 0           # looks in a row that failed
+    gpu: dict | None = None     # busy (%), power_w, temperature_c, clock_mhz, driver
+    temperature_c: float | None = None
+    load: float | None = None
+    disk: dict | None = None
+    links: list = []
+    fabric: int = 0             # ConnectX ports that are active
+    uptime_s: float | None = None
+    containers: dict = {}       # name -> docker's words on its state
+    ledger: dict | None = None
+    heard: float = 0.0          # monotonic time of the last answer
+
+    def public(self):
+        return {k: v for k, v in self._asdict().items() if k != "heard"}
+
+    def noticed(self):
+        """What of it a person would notice changing: not that time goes by."""
+        words = tuple(re.sub(r"(Up|ago|\)) .*?(?=\(|$)", r"\1 ", said) for said in self.containers.values())
+        return self._replace(seen_at=None, load=None, uptime_s=None, heard=0.0, containers=(*self.containers, *words),
+                             ledger=None, gpu=self.gpu and {**self.gpu, "clock_mhz": None})
+
+
+def spark_view(facts, owners, old, light):
+    """parse_spark's facts -> SparkView; after a light look the rest is as it was."""
+    whole = lambda given: given and {k: round(v) if isinstance(v, float) else v for k, v in given.items()}
+    memory, gpu, told = facts["memory"], facts["gpu"], []
+    told += [] if "MemTotal" in memory else ["memory unknown"]
+    told += [f"{facts['hangs']} hangs on the Spark"] if facts["hangs"] else []
+    view = (old if light else SparkView("")) ._replace(
+        state="ok", detail="answers; " + ", ".join(told) if told else "", remedy="", seen_at=utc(), failures=1 if facts["hangs"] else 0,
+        heard=time.monotonic(), gpu=whole(gpu), memory={
+            "total_gb": round(memory["MemTotal"], 1), "available_gb": round(memory.get("MemAvailable", 0.0), 1),
+            "swap_free_gb": round(memory.get("SwapFree", 0.0), 1), "pressure": facts["pressure"]} if "MemTotal" in memory else None)
+    if light:
+        return view
+    return view._replace(
+        temperature_c=facts["temperature_c"] and round(facts["temperature_c"]), ledger=ledger(facts, owners),
+        containers=dict(facts["containers"].values()) if facts["containers"] else {}, **{k: facts[k] for k in ("load", "disk", "links", "fabric", "uptime_s")})
+
+
+def pause_after(poll, failures):
+    """Seconds to the next look at what failed so often in a row; the jitter keeps several from asking together."""
+    return min(60, poll * 2 ** min(failures, 9)) * (0.8 + 0.4 * secrets.randbelow(100) / 100) if failures else poll
 
 
 class Monitor:
@@ -3573,6 +3720,7 @@ class Monitor:
         self._lock = threading.Lock()
         self._slots = {}                        # guarded by _lock; name -> SlotView
         self._sparks = {}                       # name -> SparkView, replaced whole by the one thread of that Spark
+        self._noticed = None                    # what the last bump told; of the thread `history` alone
         self._watched = set()                   # slots that have a thread; of start(), then of the thread `config`
         self._closing = threading.Event()
 
@@ -3581,6 +3729,7 @@ class Monitor:
             forever("spark-" + name, self._closing, functools.partial(self._look_at_spark, name)).start()
         self._watch_slots()
         forever("config", self._closing, self._look_at_config).start()
+        forever("history", self._closing, self._tick).start()
 
     def close(self):
         self._closing.set()
@@ -3595,7 +3744,10 @@ class Monitor:
             return self._slots.get(name, SlotView(Probe("unknown"), utc()))
 
     def spark(self, name):
-        return self._sparks.get(name, SparkView("unknown"))
+        view, late = self._sparks.get(name, SparkView("unknown")), 2 * self._store.current.settings["POLL_SECONDS"] + 5
+        if view.state == "ok" and time.monotonic() - view.heard > late:
+            return view._replace(state="stale", detail=f"has not answered since {view.seen_at}; what is shown is from then")
+        return view
 
     def observe(self, name, probe, foreign=False):
         """Record what a slot answered; foreign: seen by a poll, so that a change is none of our swaps' doing."""
@@ -3625,23 +3777,36 @@ class Monitor:
 
     def _look_at_spark(self, name):
         """One look at a Spark; then wait for the next. A dead one is asked less and less often."""
-        poll, old = self._store.settings["POLL_SECONDS"], self.spark(name)
-        got = self._hosts.run(name, "awk '/^Mem(Total|Available):/ {print $1, $2}' /proc/meminfo 2>/dev/null; exit 0", 15)
-        if got.kind == "ok":
-            view = SparkView("ok", "answers; memory unknown", "", utc())
-            with contextlib.suppress(IndexError, ValueError):
-                total, available = memory_gb(parse_facts(got.out))
-                view = SparkView("ok", "", "", utc(), {"total_gb": round(total, 1), "available_gb": round(available, 1)})
+        config, old = self._store.current, self.spark(name)
+        poll = config.settings["POLL_SECONDS"]
+        got = self._hosts.run(name, spark_script(), 15)
+        facts = parse_spark(got.out)
+        if got.kind == "ok" or got.kind == "time_out" and facts["memory"]:      # a part that hangs is not a Spark that is gone
+            view = spark_view(facts, self._owners(config, name), old, False)
         else:
-            remedy = remedy_for(got, self._store.sparks[name])
+            remedy = remedy_for(got, config.sparks[name])
             view = SparkView("unreachable", why_not(got), remedy, old.seen_at, failures=old.failures + 1)
         self._sparks[name] = view
-        if old[:3] + old[4:5] != view[:3] + view[4:5]:      # all but when
+        if old.state != view.state:             # the rest is told by the thread `history`, for all at once
             self._hub.bump()
-        if old.state not in ("unknown", view.state):
+        if old.state not in ("unknown", view.state) and (old.state, view.state) != ("stale", "ok"):
             self._events.add("spark_" + view.state, f"{name} is {view.state}" + (f": {view.detail}" if view.detail else ""), spark=name)
-        jitter = 0.8 + 0.4 * secrets.randbelow(100) / 100   # keeps several from asking together
-        self._closing.wait(min(60, poll * 2 ** min(view.failures, 9)) * jitter if view.failures else poll)
+        self._closing.wait(pause_after(poll, view.failures))
+
+    @staticmethod
+    def _owners(config, spark):
+        """Whose the containers on a Spark are -> {container: (part of the ledger, name)}."""
+        layout = config.layout
+        return {**{s.container: ("services", s.name) for s in layout.services.values() if s.host == spark and s.container},
+                **{s.container: ("engines", s.name) for s in layout.slots.values() if spark in s.hosts}}
+
+    def _tick(self):
+        """Once a poll: wake long-polls if anything changed that a person would notice."""
+        self._closing.wait(self._store.current.settings["POLL_SECONDS"])
+        noticed = [self.spark(name).noticed() for name in self._store.sparks]
+        if noticed != self._noticed:
+            self._noticed = noticed
+            self._hub.bump()
 
     def _look_at_config(self):
         self._closing.wait(1)
@@ -4109,7 +4274,7 @@ class App:
         schedules, conflicts = self.schedules.view()
         return {"version": version, "now": utc(), "demo": self.demo,
                 "warnings": [*config.settings.warnings, *map(str, config.problems), *self.warnings],
-                "sparks": [{"name": s.name, "host": s.host, **self.monitor.spark(s.name)._asdict()} for s in config.sparks.values()],
+                "sparks": [{"name": s.name, "host": s.host, **self.monitor.spark(s.name).public()} for s in config.sparks.values()],
                 "slots": list(self.slots(config)), "models": self.models(config),
                 "services": [{"name": s.name, "kind": s.kind, "label": s.label, "state": "unknown", "host": s.host, "port": s.port}
                              for s in self.services(config).values()],

@@ -1396,15 +1396,102 @@ def test_fifty_random_kills_resurrect_and_lose_nothing(two, seed):
 
 # === 12 monitor ===============================================================
 
+CID = "c" * 64
+GB10 = f"""/proc/meminfo:MemTotal:       127600000 kB
+/proc/meminfo:MemFree:         20000000 kB
+/proc/meminfo:MemAvailable:    60000000 kB
+/proc/meminfo:Buffers:          1000000 kB
+/proc/meminfo:Cached:          45000000 kB
+/proc/meminfo:SwapFree:        16000000 kB
+/proc/meminfo:Shmem:            4000000 kB
+/proc/meminfo:SReclaimable:     1000000 kB
+/proc/pressure/memory:some avg10=1.53 avg60=0.10 avg300=0.00 total=1
+/proc/loadavg:0.71 0.46 2.33 1/90 27028
+/proc/uptime:22625.98 22313.69
+/sys/class/thermal/thermal_zone0/temp:41200
+/sys/class/thermal/thermal_zone1/temp:52100
+/sys/class/net/enp1s0f1np1/operstate:up
+/sys/class/net/docker0/operstate:up
+/sys/class/net/enp1s0f1np1/speed:200000
+/sys/class/infiniband/rocep1s0f1/ports/1/state:4: ACTIVE
+@gpu
+96, 91.20, 71, 2411, 580.126.09
+@apps
+4242, 40960
+7, [N/A]
+@groups
+/proc/4242/cgroup:0::/system.slice/docker-{CID}.scope
+/sys/fs/cgroup/system.slice/docker-{CID}.scope/memory.stat:anon 2147483648
+/sys/fs/cgroup/system.slice/docker-{CID}.scope/memory.stat:shmem 1073741824
+@docker
+{CID} vllm_node Up 5 minutes (healthy)
+{"d" * 64} asr Exited (137) 5 seconds ago
+ok
+@df
+Filesystem     1024-blocks     Used Available Capacity Mounted on
+/dev/nvme0n1p2  3844551680 25144072 2812468400      24% /
+@end
+"""
+
+
+def test_a_look_at_a_gb10_is_read_whole_and_its_memory_adds_up():
+    facts = sc.parse_spark(GB10)
+    view = sc.spark_view(facts, {"vllm_node": ("engines", "main")}, None, False)
+    assert view.state == "ok" and view.memory == {"total_gb": 121.7, "available_gb": 57.2, "swap_free_gb": 15.3, "pressure": 1.53}
+    assert view.gpu == {"busy": 96, "power_w": 91, "temperature_c": 71, "clock_mhz": 2411, "driver": "580.126.09"}
+    assert (view.temperature_c, view.load, view.disk, view.fabric) == (52, 0.71, {"total_gb": 3666, "free_gb": 2682.2}, 1)
+    assert view.links == [{"name": "enp1s0f1np1", "state": "up", "mbit": 200000.0}]
+    assert view.containers == {"vllm_node": "Up 5 minutes (healthy)", "asr": "Exited (137) 5 seconds ago"}
+    told = view.ledger
+    assert told["engines"] == {"main": 43.0} and told["others"] == {"processes on the GPU": None} and facts["apps"] == {4242: 40.0, 7: None}
+    assert abs(told["free_gb"] + told["page_cache_gb"] + told["unknown_gb"] + 43 - told["total_gb"]) < 0.03
+    # when the GPU does not tell what processes hold, an engine's part is not known, and not its container's memory alone
+    assert sc.ledger({**facts, "apps": None}, {"vllm_node": ("engines", "main")})["engines"] == {"main": None}
+
+
+@pytest.mark.parametrize("change,field,value", [
+    (("96, 91.20, 71, 2411", "[N/A], [Not Supported], , 2411"), "gpu", {"busy": None, "power_w": None, "temperature_c": None, "clock_mhz": 2411, "driver": "580.126.09"}),
+    (("96, 91.20, 71, 2411, 580.126.09", "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."), "gpu", None),
+    (("ok\n@df", "@df"), "containers", {}),
+    (("/proc/meminfo:MemTotal:", "/proc/meminfo:Memtotal:"), "ledger", None),
+    (("@apps\n4242, 40960\n7, [N/A]\n", ""), "state", "ok"),
+    ((GB10[GB10.index("@groups"):], ""), "detail", "answers; apps hangs on the Spark"),
+    ((GB10, "\u202e\0@\n@@\n:::\n/x/cgroup:docker-\n" * 99), "memory", None),
+])
+def test_what_a_spark_does_not_tell_is_missing_and_never_made_up(change, field, value):
+    assert getattr(sc.spark_view(sc.parse_spark(GB10.replace(*change)), {}, None, False), field) == value
+
+
+def test_a_spark_that_answers_anything_at_all_breaks_nothing():
+    for seed in range(300):
+        chance, text = random.Random(seed), list(GB10)
+        for _ in range(chance.randrange(1, 80)):
+            text[chance.randrange(len(text))] = chance.choice("\n@:/ ,0.a9-\u202e\0|")
+        sc.spark_view(sc.parse_spark("".join(text)), {"vllm_node": ("engines", "main")}, None, False).noticed()
+
+
+def spark_state(program):
+    return {s["name"]: s for s in program.get("/api/state").json["sparks"]}
+
+
 def test_a_spark_that_dies_and_comes_back_is_told_and_costs_only_its_own_tile(two):
-    state = lambda: {s["name"]: s for s in two.get("/api/state").json["sparks"]}
+    state = lambda: spark_state(two)
     until(lambda: {s["state"] for s in state().values()} == {"ok"})
-    assert state()["spark1"]["memory"] == {"total_gb": 121.7, "available_gb": 114.4}
+    assert state()["spark1"]["memory"] == {"total_gb": 121.7, "available_gb": 114.4, "swap_free_gb": 0.0, "pressure": None}
     two.rig.control("spark2", "down")
     dead = until(lambda: (s := state()["spark2"])["state"] == "unreachable" and s, 40)
-    assert "unreachable" in dead["detail"] and dead["remedy"] and state()["spark1"]["state"] == "ok"
+    assert "unreachable" in dead["detail"] and dead["remedy"] and state()["spark1"]["state"] == "ok" and dead["memory"] is None
     two.rig.clear("spark2", "down")
     until(lambda: state()["spark2"]["state"] == "ok", 40)
+
+
+def test_what_an_engine_holds_on_the_gpu_is_in_its_sparks_ledger_and_a_gpu_that_hangs_is_told(two):
+    assert two.swap("alpha").status == 200
+    told = until(lambda: (led := spark_state(two)["spark1"]["ledger"]) and led["engines"].get("main") and led)
+    assert told["engines"] == {"main": 18.69} and spark_state(two)["spark1"]["gpu"]["power_w"] == 3
+    two.rig.control("spark1", "nvidia_hangs")
+    hung = until(lambda: (s := spark_state(two)["spark1"])["gpu"] is None and s, 40)
+    assert hung["state"] in ("ok", "stale") and hung["memory"] and two.post("/v1/completions", {"prompt": "hi"}).status == 200
 
 
 # === 13 data path =============================================================
@@ -3682,7 +3769,9 @@ def main():
             os.dup2(err_w, 2)
             os.closerange(3, 256)
             os.chdir(env["HOME"])
-            command = command.replace("/proc/meminfo", home + "/meminfo")       # each Spark has memory of its own
+            command = command.replace("/proc/meminfo", home + "/meminfo")       # each Spark has memory and sensors of its own
+            for path in ("/proc/pressure", "/proc/loadavg", "/proc/uptime", "/proc/$p", "/sys/"):
+                command = command.replace(path, home + path)
             os.execve("/bin/sh", ["sh", "-c", command] if command else ["sh"], env)
         finally:
             os._exit(127)
@@ -4754,6 +4843,42 @@ except OSError:
 os._exit(code or 0)
 '''
 
+NVIDIA_SMI = r'''#!@PYTHON@ -SE
+# Stand-in for nvidia-smi on a GB10: no memory of the GPU as a whole, but that of each process. <spark>/nvidia.json says more.
+import json, os, sys, time
+SPARK = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+while os.path.exists(SPARK + "/nvidia_hangs") and os.path.exists(SPARK):
+    time.sleep(0.02)
+try:
+    how = json.load(open(SPARK + "/nvidia.json"))
+except OSError:
+    how = {}
+if how.get("fails"):
+    print("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that the latest NVIDIA driver is installed and running.")
+    sys.exit(9)
+asked = dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
+if "--query-gpu" in asked:
+    known = {"name": "NVIDIA GB10", "driver_version": "580.126.09", "utilization.gpu": 0, "power.draw": "3.42", "temperature.gpu": 36,
+             "clocks.current.sm": 208, "utilization.memory": 0, **how}
+    print(", ".join(str(known.get(q, "[N/A]")) for q in asked["--query-gpu"].split(",")))
+else:
+    rows = how.get("apps")
+    if rows is None:
+        rows = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                env = open("/proc/%s/environ" % pid, "rb").read().split(b"\0")
+                if b"RIG_SPARK=" + os.path.basename(SPARK).encode() in env and SPARK.encode() + b"/bin/vllm" in open("/proc/%s/cmdline" % pid, "rb").read():
+                    rows.append([int(pid), how.get("mib", 19135)])
+                    os.makedirs(SPARK + "/proc/" + pid, exist_ok=True)
+                    full = [e[14:].decode() for e in env if e.startswith(b"RIG_CONTAINER=")]
+                    open(SPARK + "/proc/%s/cgroup" % pid, "w").write("0::/system.slice/%s\n" % ("docker-%s.scope" % full[0] if full else "ssh.service"))
+            except OSError:
+                pass
+    for row in rows:
+        print("%s, %s" % tuple(row))
+'''
+
 LAUNCHER = r'''#!/bin/bash
 # Stand-in for launch-cluster.sh as of September 2026.
 here="$(dirname "$(realpath "$0")")"
@@ -5665,7 +5790,7 @@ class Rig:
             (spark / "docker").mkdir(parents=True)
             (spark / "home" / "spark-vllm-docker").mkdir(parents=True)
             (spark / "bin").mkdir()
-            for program, text in (("ssh", SSH), ("docker", DOCKER), ("vllm", VLLM)):
+            for program, text in (("ssh", SSH), ("docker", DOCKER), ("vllm", VLLM), ("nvidia-smi", NVIDIA_SMI)):
                 self._program(spark / "bin" / program, text)
             for alias in ("pgrep", "pkill", "killall"):     # the system's own would hit every test run on this machine
                 (spark / "bin" / alias).symlink_to("docker")
