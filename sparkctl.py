@@ -70,6 +70,7 @@ import signal
 import socket
 import ssl
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -203,7 +204,9 @@ SETTINGS = (
     Setting("WEBHOOK_EVENTS", "swap_complete,swap_failed", names, "events that are POSTed, comma-separated; * at the end of a name stands for anything: lock_*"),
     Setting("HOLD_SECONDS", "60", SECONDS, "longest time a /v1 request is held while its slot swaps"),
     Setting("MAX_BODY_MB", "32", number(1, 1024, int), "largest body of an API or /v1 request, MiB"),
-    Setting("POLL_SECONDS", "5", number(1, 3600), "time between two looks at a Spark or a slot"),
+    Setting("POLL_SECONDS", "5", number(1, 3600), "time between two looks at a Spark, a slot or a service"),
+    Setting("QDRANT_API_KEY", "", text, "key that Qdrant is asked with", True),
+    Setting("OPEN_WEBUI_URL", "", matching(r"(https?://[!-+\--~]+)?", "must start with http:// or https://"), "address of Open WebUI, if it is not a service with a host and a port"),
 )
 SETTING = {s.name: s for s in SETTINGS}
 SECRETS = tuple(s.name for s in SETTINGS if s.secret)
@@ -956,8 +959,52 @@ class Service:
 
 
 Layout = collections.namedtuple("Layout", "slots backends services")        # of dicts by name
-KINDS = {"vllm": "/health", "asr": "/health", "tts": "/health", "embeddings": "/health", "qdrant": "/readyz",
-         "nim": "/v1/health/ready", "open-webui": "/health", "http": "/"}
+
+
+class Kind(NamedTuple):
+    """What is known of a kind of service."""
+    health: str                             # path of its health check
+    ask: tuple = ()                         # paths that tell what it has, the first that answers 200 counts
+    tell: Callable = lambda doc: {}         # that answer's JSON -> facts for the tile
+    # facts -> real requests (path, body or None for GET, what the JSON answer has: "" = anything); of several the first that is known there
+    real: Callable = lambda facts: ()
+    key: str = ""                           # the setting with its key
+    base: str = ""                          # where its OpenAI API begins
+
+
+def model_told(doc):
+    return {"model": doc["data"][0]["id"] if "data" in doc else doc["model_id"]}
+
+
+def chat_request(facts):
+    return "/v1/chat/completions", {"model": facts.get("model"), "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}, "choices"
+
+
+def embedding_request(facts):
+    return "/v1/embeddings", {"model": facts.get("model"), "input": "Hello"}, "data"
+
+
+def transcription_request(facts):
+    """A form with one second of silence: WAV, 16 kHz, 16 bit, mono."""
+    wav = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 32036, b"WAVEfmt ", 16, 1, 1, 16000, 32000, 2, 16, b"data", 32000) + bytes(32000)
+    part = '--sparkctl\r\nContent-Disposition: form-data; name="{}"\r\n\r\n'
+    head = part.format("model") + str(facts.get("model") or "whisper-1") + "\r\n" + part.format('file"; filename="silence.wav')
+    return "/v1/audio/transcriptions", head.encode() + wav + b"\r\n--sparkctl--\r\n", "text"
+
+
+# Sources: vLLM's own routes; docs.nvidia.com/nim; text-embeddings-inference (/info), Qdrant's openapi.json, Kokoro-FastAPI's
+# routers, where voices are names in older versions and {id, name} in newer ones.
+KINDS = {
+    "vllm": Kind("/health", (), model_told, lambda facts: (chat_request(facts), embedding_request(facts)), "VLLM_API_KEY", "/v1"),
+    "asr": Kind("/health", ("/v1/models",), model_told, lambda facts: (transcription_request(facts),), base="/v1"),
+    "tts": Kind("/health", ("/v1/audio/voices",), lambda doc: {"voices": [v["id"] if isinstance(v, dict) else v for v in expect("list", doc["voices"])]}, lambda facts: (
+        ("/v1/audio/speech", {"model": "kokoro", "input": "Hello", "voice": (facts.get("voices") or ["af_heart"])[0], "response_format": "wav"}, ""),), base="/v1"),
+    "embeddings": Kind("/health", ("/info", "/v1/models"), model_told, lambda facts: (embedding_request(facts),), base="/v1"),
+    "qdrant": Kind("/readyz", ("/collections",), lambda doc: {"collections": [c["name"] for c in doc["result"]["collections"]]},
+                   lambda facts: (("/collections", None, "result"),), "QDRANT_API_KEY"),
+    "nim": Kind("/v1/health/ready", ("/v1/models",), model_told, lambda facts: (chat_request(facts),), base="/v1"),
+    "open-webui": Kind("/health", ("/api/version",), lambda doc: {"version": doc["version"]}),
+    "http": Kind("/")}
 BUILTINS = (("parakeet", "asr", 8001), ("kokoro", "tts", 8880), ("embeddings", "embeddings", 8010),
             ("qdrant", "qdrant", 6333), ("nim", "nim", 9000), ("open-webui", "open-webui", 3000))
 
@@ -1012,9 +1059,9 @@ def parse_service(name, entry, base, sparks):
     require(isinstance(kind, str) and kind in KINDS, f"kind: must be one of {', '.join(KINDS)}")
     require(not expect("text", host) or host in sparks, f"host: {host} is not configured (known: {', '.join(sparks) or 'none'})")
     require(isinstance(port, int) and 0 <= port <= 65535, "port: must be a whole number up to 65535")
-    health, url, container = (expect("text", v or "") for v in (health or base.health or KINDS[kind], url, container))
+    health, url, container = (expect("text", v or "") for v in (health or base.health or KINDS[kind].health, url or base.url, container))
     require(health.startswith("/"), "health: must start with /")
-    require(not url or re.match(r"https?://", url), "url: must start with http:// or https://")
+    require(not url or re.match(r"https?://", url) and urls(url), "url: must start with http:// or https://")
     require(url or host and port, "needs host and port, or url")
     return Service(name, kind, host, port, printable(str(label or base.label or name), 200), container and container_name(container),
                    health, url, user_name(str(user or "")), True)
@@ -1040,7 +1087,9 @@ def parse_layout(doc, sparks, settings, file="services-overrides.yaml"):
     if not doc.get("slots") and sparks:
         slots["main"] = Slot("main", tuple(sparks), settings["VLLM_PORT"], settings["VLLM_CONTAINER"], "launch-cluster")
     last = list(sparks)[-1] if sparks else ""
-    builtin = {n: Service(n, kind, last, port, n.title(), health=KINDS[kind]) for n, kind, port in BUILTINS}
+    builtin = {n: Service(n, kind, last, port, n.title(), health=KINDS[kind].health) for n, kind, port in BUILTINS}
+    if url := settings["OPEN_WEBUI_URL"]:
+        builtin["open-webui"] = dataclasses.replace(builtin["open-webui"], host="", port=0, url=url, configured=True)
     services.update(builtin)
     read("services", others, lambda key, entry: parse_service(key, entry, builtin.get(key), sparks), services)
     return Layout(slots, backends, services), problems
@@ -1370,17 +1419,22 @@ class Endpoint(NamedTuple):
     host: str
     port: int
     key: str = ""
+    tls: bool = False
 
     @property
     def url(self):
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+        return f"http{'s' if self.tls else ''}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     def request(self, method, path, body=None, timeout_s=2.0, cancel=None):
         """(status, 4 MiB at most) of one request, within timeout_s however it drips. Raises OSError, HTTPException or Cancelled."""
-        deadline, data, body = time.monotonic() + timeout_s, bytearray(), b"" if body is None else to_json(body)
-        lines = [f"{method} {path} HTTP/1.1", f"Host: {self.url[7:]}", "Connection: close", "Content-Type: application/json",
+        form = isinstance(body, bytes)
+        deadline, data, body = time.monotonic() + timeout_s, bytearray(), body if form else b"" if body is None else to_json(body)
+        lines = [f"{method} {path} HTTP/1.1", f"Host: {self.url.partition('//')[2]}", "Connection: close",
+                 f"Content-Type: {'multipart/form-data; boundary=sparkctl' if form else 'application/json'}",
                  f"Content-Length: {len(body)}", *([f"Authorization: Bearer {self.key}"] if self.key else [])]
-        with socket.create_connection((self.host, self.port), min(timeout_s, 5)) as s:
+        with contextlib.ExitStack() as stack:
+            s = stack.enter_context(socket.create_connection((self.host, self.port), min(timeout_s, 5)))
+            s = stack.enter_context(ssl.create_default_context().wrap_socket(s, server_hostname=self.host)) if self.tls else s
             s.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + body)
             while len(data) < 4 << 20:
                 s.settimeout(max(0.001, min(0.1, deadline - time.monotonic())))
@@ -1427,6 +1481,96 @@ def probe_vllm_endpoint(endpoint, timeout_s=2.0):
         return Probe("silent", detail=told.get(type(e), "no answer"))
     except (ValueError, KeyError, TypeError, RecursionError):
         return Probe("foreign", detail="what answers is not a vLLM")
+
+
+def service_place(service, hosts, settings):
+    """(Endpoint, path before its own) at which a service answers."""
+    key = settings[KINDS[service.kind].key] if KINDS[service.kind].key else ""
+    if service.host and service.port:
+        return Endpoint(hosts.address(service.host), service.port, key), ""
+    place = urllib.parse.urlsplit(service.url)
+    tls = place.scheme == "https"
+    return Endpoint(place.hostname, place.port or (443 if tls else 80), key, tls), place.path.rstrip("/")
+
+
+def why_silent(e):
+    """(state of a service, why) of what was raised when it was asked."""
+    if getattr(e, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return "unknown", "sparkctl itself ran out of file descriptors or memory"
+    told = {ConnectionRefusedError: ("down", "connection refused"), TimeoutError: ("unreachable", "no answer in time"),
+            ConnectionResetError: ("down", "hangs up"), http.client.RemoteDisconnected: ("down", "hangs up")}
+    return told.get(type(e), ("unreachable", "no answer") if isinstance(e, OSError) else ("unknown", "what answers is not HTTP"))
+
+
+def tell_facts(kind, body):
+    """What a service's JSON says of it, bounded; {} if it is of another shape."""
+    clean = lambda v: [clean(item) for item in v[:200]] if isinstance(v, list) else printable(str(v), 200)
+    with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return {name: clean(value) for name, value in KINDS[kind].tell(json.loads(body)).items()}
+    return {}
+
+
+def probe_service(service, endpoint, path="", timeout_s=3.0):
+    """Ask a service for its health and what it has -> (state, detail, facts). Never raises. States: serving, loading, down, unreachable, unknown."""
+    if service.kind == "vllm":
+        probe = probe_vllm_endpoint(endpoint)
+        silent = "down" if probe.detail == "connection refused" else "unreachable"
+        state = {"serving": "serving", "loading": "down", "silent": silent}.get(probe.state, "unknown")
+        return state, "" if probe.served else probe.detail, {"model": probe.served[0], "names": [*probe.served]} if probe.served else {}
+    kind, facts, state = KINDS[service.kind], {}, None
+    try:
+        status, _ = endpoint.request("GET", path + service.health, timeout_s=timeout_s)
+        state, detail = {200: "serving", 503: "loading"}.get(status, "unknown"), "" if status == 200 else f"{service.health} says {status}"
+        for ask in kind.ask:
+            status, body = endpoint.request("GET", path + ask, timeout_s=timeout_s)
+            facts = facts or (tell_facts(service.kind, body) if status == 200 else {})
+            detail = f"{ask} says {status}: set {kind.key}" if status in (401, 403) and kind.key else detail
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        state, detail = (state, detail or f"{ask}: {why_silent(e)[1]}") if state else why_silent(e)
+    return state, detail, facts
+
+
+def ask_for_work(service, endpoint, path, facts, timeout_s):
+    """One real request to a service -> how it answered. Raises Refused 502, and what Endpoint.request raises."""
+    for ask, body, has in KINDS[service.kind].real(facts) or ((service.health, None, ""),):
+        status, said = endpoint.request("GET" if body is None else "POST", path + ask, body, timeout_s)
+        if status not in (404, 405):
+            break
+    if status != 200 or has and has not in json.loads(said) or body is not None and not said:
+        raise Refused(502, "unhealthy", f"{ask} says {status}" + ("" if status != 200 else " and not what it should"))
+    return f"{ask} answered"
+
+
+class Vitals(NamedTuple):
+    """What a vLLM's /metrics last told, and what follows from the time before."""
+    at: float                   # monotonic
+    told: dict                  # running, waiting, kv_use, prompt_tokens, generation_tokens
+    facts: dict                 # for people: running, waiting, kv_use, tokens_per_s, prompt_tokens_per_s
+    frozen: int = 0             # looks in a row with requests running and no token counted
+
+
+# vllm/v1/metrics/loggers.py; summed over engines, but for how full the fullest cache is
+VLLM_METRICS = {"vllm:num_requests_running": "running", "vllm:num_requests_waiting": "waiting", "vllm:kv_cache_usage_perc": "kv_use",
+                "vllm:prompt_tokens_total": "prompt_tokens", "vllm:generation_tokens_total": "generation_tokens"}
+
+
+def parse_vllm_metrics(text_):
+    """What /metrics says of the names in VLLM_METRICS -> {ours: number}."""
+    found = collections.defaultdict(list)
+    for name, value in re.findall(r"^(vllm:\w{1,60})(?:\{.*\})? (\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d\d?)?)$", text_, re.M | re.A):
+        found[VLLM_METRICS.get(name)].append(float(value))
+    return {name: (max if name == "kv_use" else sum)(values) for name, values in found.items() if name}
+
+
+def vitals_after(old, told, now):
+    """The Vitals at now, monotonic. A counter that is lower than before began again at zero."""
+    facts = {name: told[name] for name in ("running", "waiting", "kv_use") if name in told}
+    for name in ("prompt_tokens", "generation_tokens") if old and now > old.at else ():
+        if name in told and name in old.told:
+            grown = told[name] - (old.told[name] if told[name] >= old.told[name] else 0)
+            facts[name.removeprefix("generation_") + "_per_s"] = round(grown / (now - old.at), 1)
+    still = old and told.get("running") and "generation_tokens" in told and all(told.get(n) == old.told.get(n) for n in ("prompt_tokens", "generation_tokens"))
+    return Vitals(now, told, facts, old.frozen + 1 if still else 0)
 
 
 def warm_request(model, pooling):
@@ -3659,6 +3803,16 @@ class SlotView(NamedTuple):
     since: str                  # when it was first seen so
 
 
+class ServiceView(NamedTuple):
+    """What a service was last seen to do."""
+    state: str                  # serving, loading, down, unreachable, unknown
+    detail: str = ""
+    facts: dict = {}            # what its kind tells: model, voices, collections, ...
+    since: str | None = None    # when it was first seen in this state
+    seen_at: str | None = None  # when it last answered
+    failures: int = 0
+
+
 class SparkView(NamedTuple):
     """What a Spark last told."""
     state: str                  # ok, stale (not heard of for too long), unreachable, unknown
@@ -3706,6 +3860,9 @@ def spark_view(facts, owners, old, light):
         containers=dict(facts["containers"].values()) if facts["containers"] else {}, **{k: facts[k] for k in ("load", "disk", "links", "fabric", "uptime_s")})
 
 
+WEDGE_LOOKS, WEDGE_W, WEDGE_CANARY_S = 3, 30.0, 20.0    # looks without a token; a Spark that works takes more; what one token may take
+
+
 def pause_after(poll, failures):
     """Seconds to the next look at what failed so often in a row; the jitter keeps several from asking together."""
     return min(60, poll * 2 ** min(failures, 9)) * (0.8 + 0.4 * secrets.randbelow(100) / 100) if failures else poll
@@ -3720,24 +3877,30 @@ class Monitor:
         self._lock = threading.Lock()
         self._slots = {}                        # guarded by _lock; name -> SlotView
         self._sparks = {}                       # name -> SparkView, replaced whole by the one thread of that Spark
+        self._services = {}                     # name -> ServiceView, replaced whole by the one thread of that service
+        self._vitals = {}                       # slot-NAME or service-NAME -> Vitals, likewise
         self._noticed = None                    # what the last bump told; of the thread `history` alone
-        self._watched = set()                   # slots that have a thread; of start(), then of the thread `config`
+        self._watched = set()                   # names of threads; of start(), then of the thread `config`
         self._closing = threading.Event()
 
     def start(self):
         for name in self._store.sparks:
             forever("spark-" + name, self._closing, functools.partial(self._look_at_spark, name)).start()
-        self._watch_slots()
+        self._watch()
         forever("config", self._closing, self._look_at_config).start()
         forever("history", self._closing, self._tick).start()
 
     def close(self):
         self._closing.set()
 
-    def _watch_slots(self):
-        for name in self._store.current.layout.slots.keys() - self._watched:
-            self._watched.add(name)
-            forever("slot-" + name, self._closing, functools.partial(self._look_at_slot, name)).start()
+    def _watch(self):
+        """A thread for every slot and service that has none yet."""
+        layout = self._store.current.layout
+        for what, names_, look in (("slot-", layout.slots, self._look_at_slot), ("service-", layout.services, self._look_at_service)):
+            for name in names_:
+                if what + name not in self._watched:
+                    self._watched.add(what + name)
+                    forever(what + name, self._closing, functools.partial(look, name)).start()
 
     def slot(self, name):
         with self._lock:
@@ -3749,6 +3912,19 @@ class Monitor:
             return view._replace(state="stale", detail=f"has not answered since {view.seen_at}; what is shown is from then")
         return view
 
+    def service(self, name):
+        return self._services.get(name, ServiceView("unknown", "was not asked yet"))
+
+    def facts(self, key):
+        """What a vLLM told of its work; key: slot-NAME or service-NAME."""
+        vitals = self._vitals.get(key)
+        return vitals.facts if vitals else {}
+
+    def services(self, config):
+        """The services that have a tile: configured, or built in and once seen answering; none that is disabled."""
+        hidden = config.settings["DISABLED_SERVICES"]
+        return {s.name: s for s in config.layout.services.values() if (s.configured or s.name in self._services) and s.name not in hidden}
+
     def observe(self, name, probe, foreign=False):
         """Record what a slot answered; foreign: seen by a poll, so that a change is none of our swaps' doing."""
         with self._lock:
@@ -3756,7 +3932,11 @@ class Monitor:
             if old and (old.probe.state, old.probe.served) == (probe.state, probe.served):
                 return
             self._slots[name] = SlotView(probe, utc())
-        if foreign and old and old.probe.state == "serving":
+        if old and old.probe.served == probe.served and {old.probe.state, probe.state} == {"serving", "wedged"}:
+            wedged = probe.state == "wedged"
+            self._events.add("engine_wedged" if wedged else "engine_recovered",
+                             f"{name} ({probe.served[0]}) " + (f"is wedged: {probe.detail}" if wedged else "is not wedged any more"), slot=name)
+        elif foreign and old and old.probe.state in ("serving", "wedged"):
             now = probe.served[0] if probe.served else "nothing"
             self._events.add("model_changed" if probe.served else "model_lost",
                              f"{name} served {old.probe.served[0]} and now {now}, without a swap", slot=name, model=now)
@@ -3770,10 +3950,67 @@ class Monitor:
             with self._lock:
                 self._slots.pop(name, None)
         elif before[0] is None:
-            probe = probe_vllm_endpoint(endpoint_of(slot, self._hosts, config.settings))
+            endpoint = endpoint_of(slot, self._hosts, config.settings)
+            probe = probe_vllm_endpoint(endpoint)
+            self._ask_vitals("slot-" + name, endpoint, probe.state == "serving")
+            if probe.state == "serving" and self._is_wedged(slot, endpoint, probe):
+                probe = Probe("wedged", probe.served, "requests run, no token comes, and a request of one token was not answered; restart it by a swap")
             if self.manager.mark(name) == before:           # no swap began or ended meanwhile
                 self.observe(name, probe, foreign=True)
+        else:
+            self._vitals.pop("slot-" + name, None)
         self._closing.wait(config.settings["POLL_SECONDS"])
+
+    def _ask_vitals(self, key, endpoint, serves):
+        """Ask a vLLM's /metrics; what it does not tell is not known any more."""
+        told = {}
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+            told = parse_vllm_metrics(endpoint.request("GET", "/metrics")[1].decode("utf-8", "replace")) if serves else {}
+        if told:
+            self._vitals[key] = vitals_after(self._vitals.get(key), told, time.monotonic())
+        else:
+            self._vitals.pop(key, None)
+
+    def _is_wedged(self, slot, endpoint, probe):
+        """Whether requests run while no token comes and no Spark works, and then one of ours fails too. Once wedged, until a token comes."""
+        vitals, plan = self._vitals.get("slot-" + slot.name), self.manager.book.slots.get(slot.name)
+        power = [self.spark(host).gpu["power_w"] or 0 for host in slot.hosts if self.spark(host).gpu]
+        if vitals is None or vitals.frozen < WEDGE_LOOKS or max(power, default=0) >= WEDGE_W:
+            return False
+        if self.slot(slot.name).probe.state == "wedged":
+            return True
+        try:
+            return endpoint.request("POST", *warm_request(probe.served[0], bool(plan and plan.pooling)), WEDGE_CANARY_S)[0] >= 500
+        except (OSError, ValueError, http.client.HTTPException):
+            return True
+
+    def _look_at_service(self, name):
+        """One look at a service; then wait for the next. A built-in one that nobody named is asked once a minute until it answers."""
+        config, old = self._store.current, self._services.get(name)
+        service, poll = config.layout.services.get(name), config.settings["POLL_SECONDS"]
+        hidden = service is None or name in config.settings["DISABLED_SERVICES"] or not (service.url or service.host)
+        taken = {(s.hosts[0], s.port) for s in config.layout.slots.values()} | {
+            (s.host, s.port) for s in config.layout.services.values() if s.configured}
+        if hidden or not service.configured and (service.host, service.port) in taken:
+            self._services.pop(name, None)
+            return self._closing.wait(poll)
+        endpoint, path = service_place(service, self._hosts, config.settings)
+        state, detail, facts = probe_service(service, endpoint, path)
+        if service.kind == "vllm":
+            self._ask_vitals("service-" + name, endpoint, state == "serving")
+        if old or service.configured or state == "serving" and (facts or not KINDS[service.kind].ask):
+            box = self.spark(service.host).containers.get(service.container) if service.host else None
+            detail += f"; docker says of {service.container}: {box}" if box and state != "serving" else ""
+            same, answered = old and old.state == state, state in ("serving", "loading")
+            failures = 0 if state != "unreachable" else old.failures + 1 if old else 1
+            self._services[name] = ServiceView(state, detail, {**facts, **self.facts("service-" + name)}, old.since if same else utc(),
+                                               utc() if answered else old and old.seen_at, failures)
+            if not same:
+                self._hub.bump()
+            if old and not same:
+                self._events.add("service_" + state, f"{name} is {state}" + (f": {detail}" if detail else ""), service=name)
+            return self._closing.wait(pause_after(poll, failures))
+        self._closing.wait(max(60, poll))
 
     def _look_at_spark(self, name):
         """One look at a Spark; then wait for the next. A dead one is asked less and less often."""
@@ -3803,7 +4040,8 @@ class Monitor:
     def _tick(self):
         """Once a poll: wake long-polls if anything changed that a person would notice."""
         self._closing.wait(self._store.current.settings["POLL_SECONDS"])
-        noticed = [self.spark(name).noticed() for name in self._store.sparks]
+        noticed = [*(self.spark(name).noticed() for name in self._store.sparks), *(v.facts for v in self._vitals.copy().values()),
+                   *((v.detail, v.facts) for v in self._services.copy().values())]
         if noticed != self._noticed:
             self._noticed = noticed
             self._hub.bump()
@@ -3813,7 +4051,7 @@ class Monitor:
         if self._store.refresh():
             config = self._store.current
             self._events.add("config_changed", f"files were read again: {len(config.models)} models, {len(config.problems)} problems")
-            self._watch_slots()
+            self._watch()
 
 
 # === 13 data path =============================================================
@@ -4250,23 +4488,23 @@ class App:
             view, (in_flight, held) = self.monitor.slot(slot.name), self.gate.counts(slot.name)
             served = view.probe.served[0] if view.probe.served else None
             model = config.find(served) if served else None
-            state = {"serving": "serving", "silent": "empty", "loading": "wedged"}.get(view.probe.state, "unknown")
-            if self.monitor.spark(slot.hosts[0]).state == "unreachable" and state == "empty":
+            state = {"serving": "serving", "silent": "empty", "loading": "wedged", "wedged": "wedged"}.get(view.probe.state, "unknown")
+            if view.probe.detail.startswith("no answer") or self.monitor.spark(slot.hosts[0]).state == "unreachable" and state == "empty":
                 state = "unknown"
             if running and running.slot == slot.name and running.holds:
                 state = "swapping"
             yield {"name": slot.name, "state": state, "model": model.key if model else None, "served_id": served, "since": view.since,
                    "url": endpoint_of(slot, self.hosts, config.settings).url, "hosts": list(slot.hosts), "port": slot.port,
-                   "backend": slot.backend, "detail": view.probe.detail, "in_flight": in_flight, "held": held}
+                   "backend": slot.backend, "detail": view.probe.detail, "in_flight": in_flight, "held": held,
+                   "facts": self.monitor.facts("slot-" + slot.name)}
 
     def models(self, config):
         on = {s["model"]: s["name"] for s in self.slots(config) if s["model"]}
         return [{**m.public(), "serving_on": on.get(m.key)} for m in config.models.values()]
 
-    def services(self, config):
-        """The services that are configured and not disabled, by name."""
-        hidden = config.settings["DISABLED_SERVICES"]
-        return {s.name: s for s in config.layout.services.values() if s.configured and s.name not in hidden}
+    def tiles(self, config):
+        return [{"name": s.name, "kind": s.kind, "label": s.label, "host": s.host, "port": s.port, "url": s.url, "container": s.container,
+                 **self.monitor.service(s.name)._asdict()} for s in self.monitor.services(config).values()]
 
     def state(self):
         config, version = self.store.current, self.hub.version()
@@ -4276,8 +4514,7 @@ class App:
                 "warnings": [*config.settings.warnings, *map(str, config.problems), *self.warnings],
                 "sparks": [{"name": s.name, "host": s.host, **self.monitor.spark(s.name).public()} for s in config.sparks.values()],
                 "slots": list(self.slots(config)), "models": self.models(config),
-                "services": [{"name": s.name, "kind": s.kind, "label": s.label, "state": "unknown", "host": s.host, "port": s.port}
-                             for s in self.services(config).values()],
+                "services": self.tiles(config),
                 "swap": running and running.public(), "last": next((s.public() for s in recent if not s.dry_run), None),
                 "lock": self.swaps.lock_info(), "schedules": schedules, "conflicts": conflicts, "jobs": self.jobs.shown(),
                 "events": self.events.since(0, 50), "settings": config.settings.public()}
@@ -4421,7 +4658,7 @@ class App:
     def restart(self, name, client, token="", force=False):
         """Restart the container of a service -> what was done. Raises Refused 404, 409, 423, 502, 504."""
         config = self.store.current
-        service = entry_of(self.services(config), "service", name)
+        service = entry_of(self.monitor.services(config), "service", name)
         places = [*config.layout.slots.items(), *self.swaps.book.slots.items()]
         engines = {(host, place.container): slot for slot, place in places for host in place.hosts}
         if slot := engines.get((service.host, service.container)):
@@ -4459,11 +4696,7 @@ class App:
         config = self.store.current
 
         def of_service(service):
-            place = urllib.parse.urlsplit(service.url or f"http://{self.hosts.address(service.host)}:{service.port}")
-            status, _ = Endpoint(place.hostname, place.port or 80).request("GET", service.health, timeout_s=10)
-            if status != 200:
-                raise Refused(502, "unhealthy", f"{service.health} says {status}")
-            return f"{service.health} says 200"
+            return ask_for_work(service, *service_place(service, self.hosts, config.settings), self.monitor.service(service.name).facts, 30)
 
         def answer(name, kind, ask):
             began, ok = time.monotonic(), False
@@ -4472,11 +4705,11 @@ class App:
             except Refused as e:
                 detail = str(e)
             except (OSError, ValueError, http.client.HTTPException) as e:
-                detail = "no answer in time" if isinstance(e, TimeoutError) else "no answer"
+                detail = why_silent(e)[1]
             return {"name": name, "kind": kind, "ok": ok, "seconds": round(time.monotonic() - began, 3), "detail": detail}
         asks = [(slot.name, "slot", functools.partial(self.warm, served[0], slot))
                 for slot in config.layout.slots.values() if (served := self.serves(slot))]
-        asks += [(s.name, s.kind, functools.partial(of_service, s)) for s in self.services(config).values()]
+        asks += [(s.name, s.kind, functools.partial(of_service, s)) for s in self.monitor.services(config).values()]
         with ThreadPoolExecutor(16) as pool:
             rows = list(pool.map(answer, *zip(*asks))) if asks else []
         return {"ok": all(row["ok"] for row in rows), "services": rows}

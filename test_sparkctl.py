@@ -29,6 +29,7 @@ import textwrap
 import threading
 import time
 from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -1190,7 +1191,7 @@ def test_warm_and_health_ask_the_engine_and_say_what_is_wrong(two):
     two.env["DISABLED_SERVICES"] = "off"
     due(two, id="health")
     run = ran(two, "health")
-    assert run["outcome"] == "failed" and run["detail"] == "side: no answer"
+    assert run["outcome"] == "failed" and run["detail"] == "side: connection refused"
     rows = {row["name"]: row for row in two.get("/api/health/deep").json["services"]}
     assert set(rows) == {"main", "side"} and rows["main"]["ok"] and not rows["side"]["ok"]
 
@@ -1492,6 +1493,179 @@ def test_what_an_engine_holds_on_the_gpu_is_in_its_sparks_ledger_and_a_gpu_that_
     two.rig.control("spark1", "nvidia_hangs")
     hung = until(lambda: (s := spark_state(two)["spark1"])["gpu"] is None and s, 40)
     assert hung["state"] in ("ok", "stale") and hung["memory"] and two.post("/v1/completions", {"prompt": "hi"}).status == 200
+
+
+class Stub(threading.Thread):
+    """A service on spark2: answers says {path: status, JSON or bytes}, which a test may change; got is what it was asked."""
+
+    def __init__(self, answers, host="127.0.0.2"):
+        super().__init__(daemon=True)
+        self.answers, self.got = answers, []
+        stub = self
+
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                stub.got.append((self.command, self.path, body, self.headers))
+                status, said = stub.answers.get(self.path, (404, {"detail": "Not Found"}))
+                if status == "hangs":
+                    return time.sleep(said)
+                data = said if isinstance(said, bytes) else json.dumps(said).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+            do_POST = do_GET
+
+            def log_message(self, *_):
+                pass
+        self.server = ThreadingHTTPServer((host, 0), Answer)
+        self.server.daemon_threads = True
+        self.port = self.server.server_port
+        self.start()
+
+    def run(self):
+        self.server.serve_forever(0.05)
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+OK = (200, {"status": "ok"})
+STUBS = {      # kind -> what it answers, the facts of its tile, what it is asked in a deep check
+    "asr": ({"/health": OK, "/v1/models": (200, {"data": [{"id": "parakeet-tdt"}]}), "/v1/audio/transcriptions": (200, {"text": ""})},
+            {"model": "parakeet-tdt"}, "/v1/audio/transcriptions"),
+    "tts": ({"/health": OK, "/v1/audio/voices": (200, {"voices": [{"id": "af_heart", "name": "Heart"}, "af_sky"]}), "/v1/audio/speech": (200, b"RIFF")},
+            {"voices": ["af_heart", "af_sky"]}, "/v1/audio/speech"),
+    "embeddings": ({"/health": (200, b""), "/info": (200, {"model_id": "BAAI/bge-m3", "max_input_length": 8192}), "/v1/embeddings": (200, {"data": [{"embedding": [0.1]}]})},
+                   {"model": "BAAI/bge-m3"}, "/v1/embeddings"),
+    "qdrant": ({"/readyz": (200, b"all shards are ready"), "/collections": (200, {"result": {"collections": [{"name": "notes"}]}, "status": "ok"})},
+               {"collections": ["notes"]}, "/collections"),
+    "nim": ({"/v1/health/ready": (200, {"object": "health.response", "status": "ready"}), "/v1/models": (200, {"data": [{"id": "meta/llama"}]}),
+             "/v1/chat/completions": (200, {"choices": []})}, {"model": "meta/llama"}, "/v1/chat/completions"),
+    "open-webui": ({"/health": (200, {"status": True}), "/api/version": (200, {"version": "0.6.1"})}, {"version": "0.6.1"}, "/health"),
+    "http": ({"/": (200, b"hello")}, {}, "/"),
+}
+
+
+@pytest.fixture
+def zoo(rig, start, tmp_path):
+    """A program with a service of every kind on spark2, and a vLLM there that is not ours."""
+    stubs = {kind: Stub(dict(answers)) for kind, (answers, _, _) in STUBS.items()}
+    port = rig.free_port("spark2")
+    rig.start_foreign("spark2", port, "org/side")
+    rows = {kind: {"kind": kind, "host": "spark2", "port": stub.port} for kind, stub in stubs.items()}
+    rows["side"] = {"kind": "vllm", "host": "spark2", "port": port}
+    rows["hidden"] = {"kind": "http", "host": "spark2", "port": stubs["http"].port, "health": "/hidden"}
+    rows["gone"] = {"kind": "asr", "host": "spark2", "port": rig.free_port("spark2"), "container": "asr"}
+    env = rig_env(rig, tmp_path, DISABLED_SERVICES="hidden", QDRANT_API_KEY="q-secret")
+    (tmp_path / "services.yaml").write_text(yaml.safe_dump({"services": rows}))
+    p = start(env, args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    p.rig, p.stubs = rig, stubs
+    yield p
+    for stub in stubs.values():
+        stub.close()
+
+
+def tiles(program):
+    return {s["name"]: s for s in program.get("/api/state").json["services"]}
+
+
+def test_a_tile_shows_what_its_kind_can_say_and_a_state_is_never_a_guess(zoo):
+    zoo.rig.sh("spark2", "docker run -d --name asr busybox sleep infinity")
+    until(lambda: all(t["state"] == "serving" for n, t in tiles(zoo).items() if n != "gone") and tiles(zoo)["side"]["facts"].get("running") == 0)
+    for kind, (_, facts, _) in STUBS.items():
+        assert tiles(zoo)[kind]["facts"] == facts, kind
+    side = until(lambda: "tokens_per_s" in (t := tiles(zoo)["side"])["facts"] and t)
+    assert side["facts"] == {"model": "org/side", "names": ["org/side"], "running": 0, "waiting": 0, "kv_use": 0.0, "tokens_per_s": 0.0, "prompt_tokens_per_s": 0.0}
+    until(lambda: "; docker says of asr: Up" in tiles(zoo)["gone"]["detail"])
+    assert tiles(zoo)["gone"]["state"] == "down" and "connection refused" in tiles(zoo)["gone"]["detail"]
+    assert "hidden" not in tiles(zoo) and all(path != "/hidden" for _, path, _, _ in zoo.stubs["http"].got)
+    assert zoo.stubs["qdrant"].got[-1][3]["Authorization"] == "Bearer q-secret" and zoo.stubs["nim"].got[-1][3]["Authorization"] is None
+    for kind, path, answer, state, detail in (
+            ("nim", "/v1/health/ready", (503, {"status": "not ready"}), "loading", "/v1/health/ready says 503"),
+            ("qdrant", "/collections", (401, b"no"), "serving", "/collections says 401: set QDRANT_API_KEY"),
+            ("tts", "/v1/audio/voices", (200, {"voices": "many"}), "serving", ""),
+            ("http", "/", (404, b""), "unknown", "/ says 404"), ("asr", "/health", ("hangs", 30), "unreachable", "no answer in time")):
+        zoo.stubs[kind].answers[path] = answer
+        until(lambda: (tiles(zoo)[kind]["state"], tiles(zoo)[kind]["detail"]) == (state, detail), what=kind)
+    zoo.stubs["embeddings"].close()
+    until(lambda: tiles(zoo)["embeddings"]["state"] == "down")
+    assert tiles(zoo)["tts"]["facts"] == {} and tiles(zoo)["open-webui"]["state"] == "serving"     # a hung one delays only itself
+    assert "service_unreachable" in kinds(zoo) and "service_down" in kinds(zoo)
+
+
+def test_a_deep_check_has_every_service_do_its_work_and_says_which_cannot(zoo):
+    until(lambda: all(t["state"] == "serving" for n, t in tiles(zoo).items() if n != "gone"))
+    got = zoo.get("/api/health/deep").json
+    rows = {row["name"]: row for row in got["services"]}
+    assert {name for name, row in rows.items() if not row["ok"]} == {"gone"} and not got["ok"] and "hidden" not in rows
+    for kind, (_, _, asked) in STUBS.items():
+        assert asked in [path for _, path, _, _ in zoo.stubs[kind].got[-3:]] and rows[kind]["seconds"] < 5, kind
+    form = next(body for _, path, body, _ in zoo.stubs["asr"].got if "transcriptions" in path)
+    assert b'name="model"\r\n\r\nparakeet-tdt\r\n' in form and b"RIFF" in form and form.endswith(b"\r\n--sparkctl--\r\n")
+    zoo.stubs["asr"].answers["/v1/audio/transcriptions"] = (200, {"error": "no GPU"})
+    zoo.stubs["tts"].answers["/v1/audio/speech"] = (200, b"")
+    zoo.stubs["nim"].answers["/v1/chat/completions"] = (500, {"detail": "x"})
+    rows = {row["name"]: row for row in zoo.get("/api/health/deep").json["services"]}
+    assert [rows[k]["detail"] for k in ("asr", "tts", "nim")] == ["/v1/audio/transcriptions says 200 and not what it should",
+                                                                  "/v1/audio/speech says 200 and not what it should", "/v1/chat/completions says 500"]
+
+
+def test_a_built_in_service_has_a_tile_once_it_was_seen_and_a_strangers_port_is_not_taken_for_it(rig, start, tmp_path, monkeypatch):
+    stub = Stub(dict(STUBS["tts"][0]), "127.0.0.1")
+    monkeypatch.setattr(sc, "BUILTINS", (("kokoro", "tts", stub.port), ("qdrant", "qdrant", stub.port)))
+    (tmp_path / "m.yaml").write_text("models: {}")
+    store = sc.ConfigStore(sc.parse_settings({"SPARK1_HOST": "local", "POLL_SECONDS": "1"}), {"models": str(tmp_path / "m.yaml")} | dict.fromkeys(("services", "overrides"), "/nowhere"))
+    app = sc.App(store, str(tmp_path))
+    try:
+        app.start()
+        until(lambda: [t["name"] for t in app.state()["services"]] == ["kokoro"])
+        stub.close()
+        until(lambda: app.state()["services"][0]["state"] == "down")
+    finally:
+        app.close()
+
+
+def test_counters_that_begin_again_are_no_negative_rate_and_a_frozen_engine_is_counted():
+    told = sc.parse_vllm_metrics('vllm:num_requests_running{engine="0",model_name="a } 9"} 2.0\nvllm:num_requests_running{engine="1"} 1\n'
+                                 'vllm:generation_tokens_total{x="y"} 1e+03\nvllm:kv_cache_usage_perc NaN\nvllm:prompt_tokens_total 7 \nrubbish 1\n')
+    assert told == {"running": 3.0, "generation_tokens": 1000.0}
+    first = sc.vitals_after(None, told, 10.0)
+    assert first.facts == {"running": 3.0} and first.frozen == 0
+    second = sc.vitals_after(first, {**told, "generation_tokens": 1100.0}, 20.0)
+    assert second.facts["tokens_per_s"] == 10.0 and second.frozen == 0
+    assert sc.vitals_after(second, {**told, "generation_tokens": 50.0}, 30.0).facts["tokens_per_s"] == 5.0
+    assert sc.vitals_after(second, second.told, 30.0).frozen == 1 and sc.vitals_after(second, {**second.told, "running": 0}, 30.0).frozen == 0
+
+
+def test_an_engine_that_holds_requests_and_makes_no_token_is_wedged_until_it_makes_one(rig, start, tmp_path, monkeypatch):
+    stub = Stub({"/health": (200, b""), "/v1/models": (200, {"data": [{"id": "alpha"}]}), "/v1/completions": (500, {"error": {}})}, "127.0.0.1")
+    counted = lambda running, tokens: stub.answers.update({"/metrics": (200, (
+        f"vllm:num_requests_running {running}\nvllm:prompt_tokens_total 5\nvllm:generation_tokens_total {tokens}\n").encode())})
+    counted(0, 100)
+    rig.control("spark1", "nvidia.json", json.dumps({"power.draw": "88.1"}))
+    p = start(rig_env(rig, tmp_path, VLLM_PORT=str(stub.port)), args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    until(lambda: serves(p)["state"] == "serving" and (spark_state(p)["spark1"]["gpu"] or {}).get("power_w") == 88)
+    posts = lambda: [r for r in stub.got if r[0] == "POST"]
+    asked = lambda: len([r for r in stub.got if r[1] == "/metrics"])
+    counted(2, 100)
+    before = asked()
+    until(lambda: asked() > before + 5)
+    assert serves(p)["state"] == "serving" and not posts()          # it draws power: it works, on a long prompt, say
+    rig.control("spark1", "nvidia.json", "{}")
+    rig.control("spark2", "nvidia.json", "{}")
+    until(lambda: serves(p)["state"] == "wedged")
+    assert len(posts()) == 1 and "engine_wedged" in kinds(p) and p.running() is None and serves(p)["served_id"] == "alpha"
+    counted(2, 101)
+    until(lambda: serves(p)["state"] == "serving")
+    assert kinds(p)[:2].count("engine_recovered") == 1
+    stub.answers["/v1/completions"] = OK                             # idle and slow, and alive
+    before = asked()
+    until(lambda: len(posts()) > 1 and asked() > before + 5)
+    assert serves(p)["state"] == "serving"
+    stub.close()
 
 
 # === 13 data path =============================================================
