@@ -660,6 +660,25 @@ class Hosts:
             return got._replace(kind=kind, err=got.err if "mux_client" in got.err else line)
         return got
 
+    def stream(self, spark, script, send, gone):
+        """Pass on what script says, line by line and made printable, until it ends or gone() -> why it ended, "" for no reason."""
+        process, rest = spawn(self.argv(spark, script), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE), b""
+        try:
+            poll = select.poll()                # unlike select() it takes descriptors above 1023
+            poll.register(process.stdout)
+            while not gone():
+                if poll.poll(500):
+                    chunk = os.read(process.stdout.fileno(), 65536)
+                    *lines, rest = (rest + (chunk or b"\n")).split(b"\n")
+                    send("".join(printable(line.decode("utf-8", "replace")) + "\n" for line in lines).encode() if chunk or lines != [b""] else b"")
+                    rest = rest[:1 << 16]
+                    if not chunk:
+                        code = process.wait(5)
+                        return classify_ssh_failure(process.stderr.read().decode("utf-8", "replace"))[1] if code == 255 else f"exit code {code}" if code else ""
+            return ""
+        finally:
+            end_process(process)
+
     def reset(self, spark):
         """Drop the shared connection: ask its master to exit, and unlink the socket if it does not."""
         with contextlib.suppress(OSError):
@@ -1332,6 +1351,19 @@ while :; do
   sleep 0.5
 done
 """
+
+
+def logs_script(container, tail, follow):
+    """The last lines of a container's log, 4 MB at most, and with follow those that come, for an hour. Exit 1: there is none."""
+    # a byte a second on stderr tells the script, by SIGPIPE, that nobody reads it any more
+    c, ask = quote_arg(container), f"docker logs --tail {int(tail)}"
+    there = f"docker inspect {c} >/dev/null || exit 1\n"
+    return there + (f"""timeout 3600 {ask} -f {c} 2>&1 &
+p=$!
+bye() {{ kill "$p" 2>/dev/null; exit 0; }}
+trap bye PIPE HUP TERM INT
+while kill -0 "$p" 2>/dev/null; do echo >&2 || bye; sleep 1; done
+""" if follow else f"{ask} {c} 2>&1 | tail -c 4000000\n")
 
 
 def retire_script(container):
@@ -4432,6 +4464,21 @@ JOB_ACTIONS = {"swap": job_locked(job_swap), "health": job_health,
                "restart": job_locked(lambda app, job, tell, token: app.restart(job.get("service", ""), f"job {job['id']}", token))}
 
 
+def ask_all(asks):
+    """[(facts, ask)]: every ask() at once, each in a thread -> rows of the facts and ok, seconds, detail. They limit their time themselves."""
+    def answer(facts, ask):
+        began, ok, more = time.monotonic(), False, {}
+        try:
+            detail, ok = ask(), True
+        except Refused as e:
+            detail, more = str(e), {k: v for k, v in e.details.items() if v}
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            detail = why_silent(e)[1]
+        return {**facts, "ok": ok, "seconds": round(time.monotonic() - began, 3), "detail": detail, **more}
+    with ThreadPoolExecutor(max(1, len(asks))) as pool:
+        return list(pool.map(answer, *zip(*asks))) if asks else []
+
+
 class App:
     """What the handlers work on. Fixed after construction; each part keeps its own locks."""
 
@@ -4655,18 +4702,23 @@ class App:
         s = self.swaps.get(swap_id)
         return s.phase in TERMINAL and not (s.rollback_id and self.swaps.get(s.rollback_id).phase not in TERMINAL)
 
+    def contained(self, config, name):
+        """The service of that name, which runs in a container. Raises Refused 404, 409."""
+        service = entry_of(self.monitor.services(config), "service", name)
+        if not service.container or not service.host:
+            raise Refused(409, "no_container", f"{name} has no host and container in services-overrides.yaml")
+        return service
+
     def restart(self, name, client, token="", force=False):
         """Restart the container of a service -> what was done. Raises Refused 404, 409, 423, 502, 504."""
         config = self.store.current
-        service = entry_of(self.monitor.services(config), "service", name)
+        service = self.contained(config, name)
         places = [*config.layout.slots.items(), *self.swaps.book.slots.items()]
         engines = {(host, place.container): slot for slot, place in places for host in place.hosts}
         if slot := engines.get((service.host, service.container)):
             raise Refused(409, "slot_engine", f"{name} is the engine of slot {slot}: POST /api/swap with restart: true")
-        if not service.container or not service.host:
-            raise Refused(409, "no_container", f"{name} has no host and container in services-overrides.yaml")
         self.swaps.permit(token, force, f"a restart of {name}", client)
-        spark = dataclasses.replace(config.sparks[service.host], user=service.user or config.sparks[service.host].user)
+        spark = self.spark_of(config, service)
         got = self.hosts.run(spark, f"docker restart -t 30 {quote_arg(service.container)}", 120)
         self.events.add("service_restart", f"{client} restarted {name}: {got.kind}", service=name, client=client)
         if got.kind != "ok":
@@ -4674,7 +4726,7 @@ class App:
             raise Refused(504 if got.kind == "time_out" else 502, "restart_failed", why, remedy=remedy_for(got, spark))
         return f"container {service.container} on {service.host} was restarted"
 
-    def warm(self, key, slot=None):
+    def warm(self, key, slot=None, limit_s=None):
         """One tiny request to a served model -> how it answered. Raises Refused 409, 502."""
         settings = self.store.settings
         slot = slot or next((slot for slot in self.store.current.layout.slots.values() if key in self.serves(slot)), None)
@@ -4684,7 +4736,7 @@ class App:
         path, body = warm_request(key, bool(plan and plan.pooling))
         began = time.monotonic()
         try:
-            status, _ = endpoint_of(slot, self.hosts, settings).request("POST", path, body, settings["SWAP_WARM_TIMEOUT"])
+            status, _ = endpoint_of(slot, self.hosts, settings).request("POST", path, body, limit_s or settings["SWAP_WARM_TIMEOUT"])
         except (OSError, http.client.HTTPException) as e:
             status = type(e).__name__
         if status != 200:
@@ -4698,21 +4750,62 @@ class App:
         def of_service(service):
             return ask_for_work(service, *service_place(service, self.hosts, config.settings), self.monitor.service(service.name).facts, 30)
 
-        def answer(name, kind, ask):
-            began, ok = time.monotonic(), False
-            try:
-                detail, ok = ask(), True
-            except Refused as e:
-                detail = str(e)
-            except (OSError, ValueError, http.client.HTTPException) as e:
-                detail = why_silent(e)[1]
-            return {"name": name, "kind": kind, "ok": ok, "seconds": round(time.monotonic() - began, 3), "detail": detail}
-        asks = [(slot.name, "slot", functools.partial(self.warm, served[0], slot))
+        asks = [({"name": slot.name, "kind": "slot"}, functools.partial(self.warm, served[0], slot, 30))
                 for slot in config.layout.slots.values() if (served := self.serves(slot))]
-        asks += [(s.name, s.kind, functools.partial(of_service, s)) for s in self.monitor.services(config).values()]
-        with ThreadPoolExecutor(16) as pool:
-            rows = list(pool.map(answer, *zip(*asks))) if asks else []
+        asks += [({"name": s.name, "kind": s.kind}, functools.partial(of_service, s)) for s in self.monitor.services(config).values()]
+        rows = ask_all(asks)
         return {"ok": all(row["ok"] for row in rows), "services": rows}
+
+    def connectivity(self):
+        """Every Spark's ssh and every port that slots and services answer on, all at once -> {ok, places}."""
+        config = self.store.current
+        services = self.monitor.services(config).values()
+
+        def login(spark):
+            got = self.hosts.run(spark, "exit 0", 10)
+            if got.kind != "ok":
+                raise Refused(502, got.kind, why_not(got), remedy=remedy_for(got, spark))
+            return "logged in"
+
+        def connect(endpoint, may_be_closed=False):
+            try:
+                socket.create_connection((endpoint.host, endpoint.port), 5).close()
+            except ConnectionRefusedError:
+                if not may_be_closed:
+                    raise
+                return "connection refused, as it should be: the slot is empty"
+            return "connected"
+        logins = {s for s in config.sparks.values()} | {self.spark_of(config, s) for s in services if s.host}
+        empty = {row["name"] for row in self.slots(config) if row["state"] == "empty"}
+        asks = [({"name": s.name, "kind": "ssh", "host": s.host, "user": s.user}, functools.partial(login, s)) for s in sorted(logins, key=repr)]
+        for name, kind, place in ([(s.name, "slot", endpoint_of(s, self.hosts, config.settings)) for s in config.layout.slots.values()]
+                                  + [(s.name, s.kind, service_place(s, self.hosts, config.settings)[0]) for s in services]):
+            asks.append(({"name": name, "kind": kind, "host": place.host, "port": place.port}, functools.partial(connect, place, kind == "slot" and name in empty)))
+        rows = ask_all(asks)
+        return {"ok": all(row["ok"] for row in rows), "places": rows}
+
+    def endpoints(self, r):
+        """Addresses for applications, which work from the client's machine: where a Spark is this machine, by the name the client uses for it."""
+        config, asked = self.store.current, r.headers.get("host") or socket.gethostname()
+        here, hidden = re.sub(r":\d+$", "", asked).strip("[]"), config.settings["DISABLED_SERVICES"]
+
+        def base(service):
+            place, path = service_place(service, self.hosts, config.settings)
+            near = re.fullmatch(r"127\.[\d.]+|::1|localhost", place.host)
+            return service.url or place._replace(host=here if near else place.host).url + path
+        tiles = self.monitor.services(config)
+        rows = [{"name": s.name, "kind": s.kind, "label": s.label, "disabled": s.name in hidden, "state": "disabled" if s.name in hidden else
+                 self.monitor.service(s.name).state, "base_url": (url := base(s)), "openai_base_url": url + KINDS[s.kind].base if KINDS[s.kind].base else None}
+                for s in config.layout.services.values() if (s.name in tiles or s.name in hidden) and (s.url or s.host)]
+        own = f"http://{asked}/v1"
+        return {"base_url": own, "needs_key": bool(config.settings["SPARKCTL_API_KEY"]), "services": rows, "slots": [
+            {"base_url": own, **{k: slot[k] for k in ("name", "state", "model", "served_id")}} for slot in self.slots(config)]}
+
+    @staticmethod
+    def spark_of(config, service):
+        """The Spark of a service, logged in to as the service's own user."""
+        spark = config.sparks[service.host]
+        return dataclasses.replace(spark, user=service.user or spark.user)
 
 
 # --- handlers
@@ -4842,6 +4935,23 @@ def stream_swap(app, r):
     return 200, app.parking()(run)
 
 
+def get_service_logs(app, r):
+    """The log of a service's container as text; with follow a stream until the client leaves."""
+    config, kind = app.store.current, {"Content-Type": "text/plain; charset=utf-8"}
+    service, follow = app.contained(config, r.args["name"]), r.query.get("follow", False)
+    spark, script = app.spark_of(config, service), logs_script(service.container, r.query.get("tail", 200), follow)
+
+    def run(send):
+        if why := app.hosts.stream(spark, script, send, lambda: app.closing.is_set() or r.gone()):
+            send(f"-- the log of {service.container} on {service.host} ended: {why}\n".encode())
+    if follow:
+        return 200, app.parking()(run), kind
+    got = app.hosts.run(spark, script, 30)
+    if got.kind != "ok":
+        raise Refused(504 if got.kind == "time_out" else 502, "logs_failed", f"{service.name} on {service.host}: {why_not(got)}", remedy=remedy_for(got, spark))
+    return 200, "".join(printable(line) + "\n" for line in got.out.splitlines()).encode(), kind
+
+
 def get_v1_models(app, r):
     find = app.store.current.find
     return 200, {"object": "list", "data": [
@@ -4895,6 +5005,10 @@ ROUTES = (
     Route("POST",   "/api/webhooks/test",    post_webhook_test),
     Route("POST",   "/api/services/{name}/restart",
           lambda app, r: (200, {"restarted": r.args["name"], "detail": app.restart(r.args["name"], **right_of(r))}), FORCE),
+    Route("GET",    "/api/services",         lambda app, r: (200, {"services": app.tiles(app.store.current)})),
+    Route("GET",    "/api/services/{name}/logs", get_service_logs, {"tail": number(0, 10_000, int), "follow": flag}),
+    Route("GET",    "/api/endpoints",        lambda app, r: (200, app.endpoints(r))),
+    Route("GET",    "/api/connectivity",     lambda app, r: (200, app.connectivity())),
     Route("GET",    "/api/health/deep",      lambda app, r: (200, app.health())),
     Route("GET",    "/api/events",           lambda app, r: (200, {"events": app.events.since(r.query.get("since", 0))}), SINCE),
     Route("GET",    "/api/settings",         lambda app, r: (200, {"settings": app.store.settings.public(),

@@ -1613,6 +1613,54 @@ def test_a_deep_check_has_every_service_do_its_work_and_says_which_cannot(zoo):
                                                                   "/v1/audio/speech says 200 and not what it should", "/v1/chat/completions says 500"]
 
 
+def test_applications_are_given_addresses_that_work_from_another_machine(start, tmp_path):
+    rows = {"asr": {"kind": "asr", "host": "spark1", "port": 5092}, "far": {"kind": "vllm", "host": "spark2", "port": 8000}, "off": {"kind": "http", "host": "spark2", "port": 7},
+            "open-webui": {"host": "spark2", "url": "https://chat.example.org/"}, "six": {"kind": "http", "host": "spark3", "port": 80}}
+    (tmp_path / "services.yaml").write_text(yaml.safe_dump({"services": rows}))
+    p = start({"SPARK1_HOST": "local", "SPARK2_HOST": "203.0.113.9", "SPARK3_HOST": "2001:db8::7", "DISABLED_SERVICES": "off,qdrant", "POLL_SECONDS": "1"},
+              args=("--services", str(tmp_path / "services.yaml")))
+    got = p.get("/api/endpoints", headers={"Host": f"spark-a.local:{p.port}"}).json
+    assert got["base_url"] == f"http://spark-a.local:{p.port}/v1" and got["slots"][0]["name"] == "main" and got["needs_key"] is False
+    rows = {row["name"]: row for row in got["services"]}
+    assert {n: row["base_url"] for n, row in rows.items()} == {
+        "asr": "http://spark-a.local:5092", "far": "http://203.0.113.9:8000", "off": "http://203.0.113.9:7", "open-webui": "https://chat.example.org/",
+        "qdrant": "http://[2001:db8::7]:6333", "six": "http://[2001:db8::7]:80"}
+    assert {n for n, row in rows.items() if row["disabled"]} == {"off", "qdrant"} == {n for n, row in rows.items() if row["state"] == "disabled"}
+    assert rows["asr"]["openai_base_url"] == "http://spark-a.local:5092/v1" and rows["six"]["openai_base_url"] is None
+    assert {s["name"] for s in p.get("/api/services").json["services"]} == {"asr", "far", "open-webui", "six"}
+
+
+def test_connectivity_tells_every_host_and_port_apart(zoo):
+    zoo.rig.control("spark1", "denied")
+    got = zoo.get("/api/connectivity").json
+    rows = {(row["name"], row["kind"]): row for row in got["places"]}
+    assert not rows["spark1", "ssh"]["ok"] and "Permission denied" in rows["spark1", "ssh"]["detail"] and "ssh-copy-id" in rows["spark1", "ssh"]["remedy"]
+    assert rows["spark2", "ssh"]["ok"] and rows["side", "vllm"]["ok"] and rows["gone", "asr"]["detail"] == "connection refused"
+    assert not any(name == "hidden" for name, _ in rows) and rows["asr", "asr"]["port"] == zoo.stubs["asr"].port and not got["ok"]
+
+
+def test_a_services_log_is_told_followed_and_its_reader_may_leave(zoo):
+    zoo.rig.sh("spark2", "docker run -d --name asr busybox sh -c 'echo one; printf \"two \\033[31mred\\n\"; sleep 1; echo three; exec sleep 60'")
+    got = until(lambda: (r := zoo.get("/api/services/gone/logs?tail=1")).status == 200 and b"two" in r.body and r)
+    assert got.body.decode().splitlines()[-1] in ("two red", "three") and got.headers["Content-Type"].startswith("text/plain")
+    with socket.create_connection(("127.0.0.1", zoo.port), 10) as s:
+        s.sendall(b"GET /api/services/gone/logs?follow=true&tail=10 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        said = b""
+        while b"three" not in said:
+            said += (chunk := s.recv(4096))
+            assert chunk
+        reading = [c for c in zoo.rig.calls("spark2") if "docker logs" in c["command"] and " -f " in c["command"]]
+        assert len(reading) == 1 and os.path.exists(f"/proc/{reading[0]['pid']}")
+    until(lambda: not os.path.exists(f"/proc/{reading[0]['pid']}"), what="the end of what nobody reads")
+    for name, status, code in (("hidden", 404, "unknown_service"), ("nothing", 404, "unknown_service"), ("asr", 409, "no_container")):
+        got = zoo.get(f"/api/services/{name}/logs")
+        assert (got.status, got.code) == (status, code), name
+    zoo.rig.sh("spark2", "docker rm -f asr")
+    got = zoo.get("/api/services/gone/logs")
+    assert (got.status, got.code) == (502, "logs_failed") and "No such" in got.json["error"]["message"]
+    assert b"ended: exit code 1" in zoo.get("/api/services/gone/logs?follow=true").body
+
+
 def test_a_built_in_service_has_a_tile_once_it_was_seen_and_a_strangers_port_is_not_taken_for_it(rig, start, tmp_path, monkeypatch):
     stub = Stub(dict(STUBS["tts"][0]), "127.0.0.1")
     monkeypatch.setattr(sc, "BUILTINS", (("kokoro", "tts", stub.port), ("qdrant", "qdrant", stub.port)))
