@@ -670,7 +670,7 @@ class Hosts:
                 if poll.poll(500):
                     chunk = os.read(process.stdout.fileno(), 65536)
                     *lines, rest = (rest + (chunk or b"\n")).split(b"\n")
-                    send("".join(printable(line.decode("utf-8", "replace")) + "\n" for line in lines).encode() if chunk or lines != [b""] else b"")
+                    send(b"".join(printable(line.decode("utf-8", "replace")).encode() + b"\n" for line in lines if chunk or line))
                     rest = rest[:1 << 16]
                     if not chunk:
                         code = process.wait(5)
@@ -1773,6 +1773,7 @@ class Swap:
     client: str = ""
     fence: int = 0                  # of the lease that it was started under
     automatic: bool = False         # nobody asked for it just now: a job did
+    blackbox: dict | None = None    # of a swap that ended badly: Spark that stopped answering -> its last samples
     seq: int = 0                    # grows with every change; what long-polls wait on
     # for the journal only
     plan: Plan | None = None
@@ -1789,7 +1790,7 @@ class Swap:
 
     def public(self):
         """The shape of the API."""
-        own = ("plan", "previous", "since", "touched", "cancelling", "ending", "fraction", "text", "phase_began")
+        own = ("plan", "previous", "since", "touched", "cancelling", "ending", "fraction", "text", "phase_began", "blackbox")
         got = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
         got["phases"] = [{"phase": p, "started_at": at, "seconds": s} for p, at, s in self.phases]
         got["progress"] = {"fraction": round(self.fraction, 4), "text": self.text}
@@ -2935,9 +2936,10 @@ class SwapManager(Arbiter):
 
     KEEP, KEEP_DRY = 50, 10                                 # terminal swaps, each with its log; dry runs, in memory only
 
-    def __init__(self, data_dir, config, hosts, hub, gate, events, warn, observe=lambda slot, probe: None):
+    def __init__(self, data_dir, config, hosts, hub, gate, events, warn, observe=lambda slot, probe: None, black_box=lambda swap_id: None):
         self.dir = os.path.join(data_dir, "swaps")
         self._config, self.hosts, self.gate, self._observe = config, hosts, gate, observe       # config: () -> Config
+        self._black_box = black_box                         # asked when a swap ends badly
         self.recent = ()                                   # replaced under _lock; terminal swaps, newest first
         self._logs = {}                                     # guarded by _lock; id -> SwapLog
         self._cancel = threading.Event()                    # set for the running swap only
@@ -3179,7 +3181,7 @@ class SwapManager(Arbiter):
                     return
                 if (now := self.book.running) is None or now.id != run.id:
                     return                      # it was over when this happened
-                self._update(save=True, ending=ending)
+                self._update(save=True, ending=ending, blackbox=self._black_box(s.id) or None)
         finally:
             run.close()
 
@@ -3306,6 +3308,7 @@ class Webhooks:
         self._lock = threading.Lock()
         self._deliveries = collections.deque(maxlen=self.KEEP)      # guarded by _lock; newest first
         self._queues = {}                                   # guarded by _lock; URL -> Queue of its thread
+        self._outcomes = collections.Counter()              # guarded by _lock; of all deliveries since the start
 
     def wants(self, kind):
         wanted = any(fnmatch.fnmatchcase(kind, name) for name in self._settings()["WEBHOOK_EVENTS"])
@@ -3331,11 +3334,16 @@ class Webhooks:
                 self._queues[url].put_nowait((row, body))
             except queue.Full:
                 row.update(outcome="dropped", detail=f"{self.QUEUE} deliveries were waiting already")
+                self._outcomes["dropped"] += 1
         return row["id"]
 
     def deliveries(self):
         with self._lock:
             return [dict(row) for row in self._deliveries]
+
+    def outcomes(self):
+        with self._lock:
+            return dict(self._outcomes)
 
     def _work(self, url, waiting):
         while True:
@@ -3351,6 +3359,7 @@ class Webhooks:
                 outcome = {"outcome": "failed", "detail": f"no answer within {self.LIMIT_S:g} s" if late else printable(str(what), 200)}
             with self._lock:
                 row.update(outcome, seconds=round(time.monotonic() - began, 3))
+                self._outcomes[outcome["outcome"]] += 1
             if outcome["outcome"] != "delivered":
                 log(f"webhook {row['event']} to {row['to']}: {outcome['outcome']} {outcome.get('status') or ''} {outcome['detail']}")
             self._hub.bump()
@@ -3886,7 +3895,7 @@ def spark_view(facts, owners, old, light):
             "total_gb": round(memory["MemTotal"], 1), "available_gb": round(memory.get("MemAvailable", 0.0), 1),
             "swap_free_gb": round(memory.get("SwapFree", 0.0), 1), "pressure": facts["pressure"]} if "MemTotal" in memory else None)
     if light:
-        return view
+        return view._replace(ledger=None)       # it changes as engines go and come
     return view._replace(
         temperature_c=facts["temperature_c"] and round(facts["temperature_c"]), ledger=ledger(facts, owners),
         containers=dict(facts["containers"].values()) if facts["containers"] else {}, **{k: facts[k] for k in ("load", "disk", "links", "fabric", "uptime_s")})
@@ -3900,6 +3909,96 @@ def pause_after(poll, failures):
     return min(60, poll * 2 ** min(failures, 9)) * (0.8 + 0.4 * secrets.randbelow(100) / 100) if failures else poll
 
 
+class History:
+    """What was measured, in rings: an hour at most as it was looked at, a day by the minute. Lost with the process."""
+
+    FIELDS = {"sparks": ("available_gb", "gpu_busy", "power_w", "temperature_c"), "engines": ("running", "waiting", "kv_use", "tokens_per_s")}
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._rings = {}                        # guarded by _lock; (what, name) -> (looks, minutes, looks of the running minute)
+
+    def add(self, now, rows):
+        """rows: {(what, name): values of FIELDS[what], None where unknown}, at now, Unix time."""
+        with self._lock:
+            for key, values in rows.items():
+                looks, minutes, minute = self._rings.setdefault(key, (collections.deque(maxlen=720), collections.deque(maxlen=1440), []))
+                if minute and (minute[0][0] // 60 != now // 60 or len(minute) > 120):
+                    known = [[v for v in column if v is not None] for column in list(zip(*minute))[1:]]
+                    minutes.append((minute[0][0] // 60 * 60, *(round(statistics.fmean(v), 3) if v else None for v in known)))
+                    minute.clear()
+                looks.append((now, *values))
+                minute.append(looks[-1])
+            for key in [k for k, ring in self._rings.items() if k not in rows and now - ring[0][-1][0] > 86400]:
+                del self._rings[key]            # renamed, or gone from the file
+
+    def read(self, now, minutes):
+        """{what: {name: {"at": […], field: […], of a Spark "hours": GPU-busy share of each}}}; as it was looked at where that reaches back so far."""
+        with self._lock:
+            rings = {key: (list(ring[0]), list(ring[1])) for key, ring in self._rings.items()}
+        told = {what: {} for what in self.FIELDS}
+        for (what, name), (looks, by_minute) in rings.items():
+            since = now - 60 * minutes
+            fine = minutes <= 60 and (len(looks) < 720 or looks[0][0] <= since)
+            columns = list(zip(*((utc(row[0]), *row[1:]) for row in (looks if fine else by_minute) if row[0] >= since)))
+            told[what][name] = dict(zip(("at", *self.FIELDS[what]), columns or [()] * 5))
+            if what == "sparks":
+                hours = itertools.groupby((row for row in by_minute if row[2] is not None), lambda row: row[0] // 3600 * 3600)
+                told[what][name]["hours"] = [{"at": utc(at), "gpu_busy": round(statistics.fmean(row[2] for row in of), 1)} for at, of in hours]
+        return told
+
+
+class Box(NamedTuple):
+    """What a Spark told during a swap, second by second."""
+    swap: str
+    samples: tuple = ()         # (Unix time, available GiB, pressure %, power W), the last 60
+    lost_at: float | None = None    # since when it does not answer; from then on nothing is added
+
+
+class Meter:
+    """What is counted for /metrics since the start."""
+
+    BOUNDS = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, math.inf)
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._counts = collections.Counter()    # guarded by _lock; (what, which, …) -> number
+
+    def add(self, *key, by=1):
+        with self._lock:
+            self._counts[key] += by
+
+    def listen(self, event, payload):
+        """A listener of Events: swaps come with their phases."""
+        self.add("event", event["kind"])
+        for row in (payload or {}).get("phases", ()):
+            self.add("phase_sum", row["phase"], by=row["seconds"] or 0)
+            self.add("phase_count", row["phase"])
+
+    def request(self, method, status, seconds):
+        self.add("request", method, status)
+        if seconds is not None:                 # None: it waited because it was told to
+            self.add("seconds_sum", by=seconds)
+            self.add("seconds", next(bound for bound in self.BOUNDS if seconds <= bound))
+
+    def of(self, what):
+        """{key after what: number}"""
+        with self._lock:
+            return {key[1:]: n for key, n in self._counts.items() if key[0] == what}
+
+
+def prometheus(families):
+    """Text format 0.0.4 of (name, type, help, [(suffix, {label: value}, number or None)]); None: not known, so not told."""
+    escape = lambda value: str(value).replace("\\", r"\\").replace("\n", r"\n").replace('"', r'\"')
+    lines = []
+    for name, kind, told, samples in families:
+        lines += [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
+        for suffix, labels, value in samples:
+            inner = ",".join(f'{k}="{escape(v)}"' for k, v in labels.items())
+            lines += [f"{name}{suffix}{f'{{{inner}}}' if inner else ''} {float(value)!r}".replace(" inf", " +Inf")] if value is not None else []
+    return ("\n".join(lines) + "\n").encode("utf-8", "replace")
+
+
 class Monitor:
     """The polling threads and what they saw."""
 
@@ -3911,6 +4010,8 @@ class Monitor:
         self._sparks = {}                       # name -> SparkView, replaced whole by the one thread of that Spark
         self._services = {}                     # name -> ServiceView, replaced whole by the one thread of that service
         self._vitals = {}                       # slot-NAME or service-NAME -> Vitals, likewise
+        self._boxes = {}                        # name -> Box of the swap that runs or ran last there, replaced whole by the one thread of that Spark
+        self.history = History()
         self._noticed = None                    # what the last bump told; of the thread `history` alone
         self._watched = set()                   # names of threads; of start(), then of the thread `config`
         self._closing = threading.Event()
@@ -4045,22 +4146,45 @@ class Monitor:
         self._closing.wait(max(60, poll))
 
     def _look_at_spark(self, name):
-        """One look at a Spark; then wait for the next. A dead one is asked less and less often."""
-        config, old = self._store.current, self.spark(name)
-        poll = config.settings["POLL_SECONDS"]
-        got = self._hosts.run(name, spark_script(), 15)
+        """One look at a Spark; then wait for the next. A dead one is asked less and less often; during a swap each second, and less is asked."""
+        config, old, swap = self._store.current, self.spark(name), self._swap_at(name)
+        poll, box = config.settings["POLL_SECONDS"], self._boxes.get(name, Box(""))
+        light = swap is not None and box.swap == swap and old.state == "ok"
+        got = self._hosts.run(name, spark_script(light), 10 if swap else 15)
         facts = parse_spark(got.out)
         if got.kind == "ok" or got.kind == "time_out" and facts["memory"]:      # a part that hangs is not a Spark that is gone
-            view = spark_view(facts, self._owners(config, name), old, False)
+            view = spark_view(facts, self._owners(config, name), old, light)
+            sample = (time.time(), facts["memory"].get("MemAvailable"), facts["pressure"], (facts["gpu"] or {}).get("power_w"))
+            after = box if box.lost_at else box._replace(samples=(*box.samples, sample)[-60:])
         else:
             remedy = remedy_for(got, config.sparks[name])
             view = SparkView("unreachable", why_not(got), remedy, old.seen_at, failures=old.failures + 1)
+            after = box._replace(lost_at=box.lost_at or time.time())
+        if swap:
+            self._boxes[name] = after if box.swap == swap else Box(swap)
         self._sparks[name] = view
         if old.state != view.state:             # the rest is told by the thread `history`, for all at once
             self._hub.bump()
         if old.state not in ("unknown", view.state) and (old.state, view.state) != ("stale", "ok"):
             self._events.add("spark_" + view.state, f"{name} is {view.state}" + (f": {view.detail}" if view.detail else ""), spark=name)
-        self._closing.wait(pause_after(poll, view.failures))
+        until, pause = time.monotonic() + (1 if swap else poll), pause_after(poll, view.failures)
+        until += pause - poll if not swap else 0
+        while not self._closing.wait(max(0.0, min(1.0, until - time.monotonic()))) and time.monotonic() < until:
+            if swap is None and self._swap_at(name):        # it begins: look at once
+                return
+
+    def _swap_at(self, name):
+        """The id of the swap that is at work on a Spark, or None."""
+        s = self.manager.book.running
+        slot = self._store.current.layout.slots.get(s.slot) if s and not s.dry_run else None
+        return s.id if slot and name in slot.hosts else None
+
+    def black_box(self, swap_id):
+        """{Spark: since when it does not answer, and its last samples} of those that stopped answering during that swap."""
+        told = ((name, box, box.lost_at or box.samples[-1][0]) for name, box in self._boxes.copy().items() if box.swap == swap_id and box.samples)
+        fields = ("available_gb", "pressure", "power_w")
+        return {name: {"lost_at": utc(lost), "samples": [{"at": utc(at), **dict(zip(fields, row))} for at, *row in box.samples]}
+                for name, box, lost in told if box.lost_at or time.time() - lost > 3}
 
     @staticmethod
     def _owners(config, spark):
@@ -4070,8 +4194,14 @@ class Monitor:
                 **{s.container: ("engines", s.name) for s in layout.slots.values() if spark in s.hosts}}
 
     def _tick(self):
-        """Once a poll: wake long-polls if anything changed that a person would notice."""
+        """Once a poll: keep what was measured, and wake long-polls if anything changed that a person would notice."""
         self._closing.wait(self._store.current.settings["POLL_SECONDS"])
+        rows = {("engines", key.partition("-")[2]): tuple(v.facts.get(f) for f in History.FIELDS["engines"]) for key, v in self._vitals.copy().items()}
+        for name in self._store.sparks:
+            view = self.spark(name)
+            given = {**(view.memory or {}), "temperature_c": view.temperature_c, **{"gpu_" + k if k == "busy" else k: v for k, v in (view.gpu or {}).items()}}
+            rows["sparks", name] = tuple(given.get(f) if view.state == "ok" else None for f in History.FIELDS["sparks"])
+        self.history.add(time.time(), rows)
         noticed = [*(self.spark(name).noticed() for name in self._store.sparks), *(v.facts for v in self._vitals.copy().values()),
                    *((v.detail, v.facts) for v in self._services.copy().values())]
         if noticed != self._noticed:
@@ -4479,6 +4609,16 @@ def ask_all(asks):
         return list(pool.map(answer, *zip(*asks))) if asks else []
 
 
+SPARK_GAUGES = (    # name, help, factor, what of a SparkView
+    ("gpu_busy_ratio", "share of time that the GPU was busy", 0.01, lambda v: v.gpu and v.gpu["busy"]),
+    ("power_watts", "power that the GPU draws", 1, lambda v: v.gpu and v.gpu["power_w"]),
+    ("gpu_celsius", "temperature of the GPU", 1, lambda v: v.gpu and v.gpu["temperature_c"]),
+    ("celsius", "the highest temperature of the Spark's other sensors", 1, lambda v: v.temperature_c),
+    ("load", "load average of a minute", 1, lambda v: v.load),
+    ("memory_pressure_ratio", "share of 10 s in which something waited for memory", 0.01, lambda v: v.memory and v.memory["pressure"]),
+    ("disk_free_bytes", "room where the models are", GIB, lambda v: v.disk and v.disk["free_gb"]))
+
+
 class App:
     """What the handlers work on. Fixed after construction; each part keeps its own locks."""
 
@@ -4489,10 +4629,11 @@ class App:
         self.hosts = Hosts(store.sparks.values())
         self.monitor = Monitor(store, self.hosts, self.hub, self.events)
         self.swaps = SwapManager(data_dir, lambda: store.current, self.hosts, self.hub, self.gate, self.events.add,
-                                 self.warnings.append, self.monitor.observe)
+                                 self.warnings.append, self.monitor.observe, self.monitor.black_box)
         self.monitor.manager = self.swaps
         self.webhooks = Webhooks(lambda: store.current.settings, self.hub)
-        self.events.listeners.append(self.webhooks.tell)
+        self.meter = Meter()
+        self.events.listeners += [self.webhooks.tell, self.meter.listen]
         jobs, schedules = (Register(os.path.join(data_dir, f"{what}s.json"), what, fields, required, self.hub, self.warnings.append)
                            for what, fields, *required in (("job", JOB | JOB_STATE, "kind", "cron", "due", "runs"),
                                                            ("schedule", SCHEDULE, "registered_at")))
@@ -4801,6 +4942,53 @@ class App:
         return {"base_url": own, "needs_key": bool(config.settings["SPARKCTL_API_KEY"]), "services": rows, "slots": [
             {"base_url": own, **{k: slot[k] for k in ("name", "state", "model", "served_id")}} for slot in self.slots(config)]}
 
+    def families(self):
+        """What /metrics tells: (name, type, help, samples) each; a value of None is left out."""
+        config, book, of, own = self.store.current, self.swaps.book, self.meter.of, resource.getrusage(resource.RUSAGE_SELF)
+        sparks, slots = [({"spark": s}, self.monitor.spark(s)) for s in config.sparks], list(self.slots(config))
+        with open("/proc/self/statm", encoding="ascii") as f:
+            resident = int(f.read().split()[1]) * resource.getpagesize()
+        memory = [({**l, "part": part, "name": name}, gb) for l, v in sparks if v.ledger for whole, parts in v.ledger.items() for part, name, gb in (
+            [(whole, n, gb) for n, gb in parts.items()] if isinstance(parts, dict) else [(whole.removesuffix("_gb"), "", parts)])]
+        seconds, lease = of("seconds"), self.swaps.lock_info()
+
+        def gauge(name, told, rows, scale=1, kind="gauge"):
+            return "sparkctl_" + name, kind, told, [("", labels, None if value is None else value * scale) for labels, value in rows]
+
+        def counter(name, told, what, *labels):
+            rows = what if isinstance(what, dict) else of(what)
+            return gauge(name, told, [(dict(zip(labels, key if isinstance(key, tuple) else (key,))), n) for key, n in rows.items()], kind="counter")
+
+        def engine(fact):
+            return [({"slot": s["name"]}, s["facts"].get(fact)) for s in slots]
+        yield gauge("info", "1, with the version", [({"version": VERSION}, 1)])
+        yield counter("process_cpu_seconds_total", "CPU time of sparkctl itself, without ssh", {(): own.ru_utime + own.ru_stime})
+        yield gauge("process_resident_bytes", "memory of sparkctl itself", [({}, resident)])
+        yield gauge("process_threads", "threads of sparkctl itself", [({}, threading.active_count())])
+        yield counter("http_requests_total", "requests to the page and the API, by status", "request", "method", "status")
+        yield ("sparkctl_http_request_seconds", "histogram", "time to answer them, but for those that wait because they were told to", [
+            *(("_bucket", {"le": "+Inf" if bound == math.inf else bound}, sum(n for (b,), n in seconds.items() if b <= bound)) for bound in Meter.BOUNDS),
+            ("_sum", {}, sum(of("seconds_sum").values())), ("_count", {}, sum(seconds.values()))])
+        yield gauge("slot_up", "1 while a slot serves", [({"slot": s["name"], "model": s["model"] or s["served_id"] or ""}, s["state"] == "serving") for s in slots])
+        yield gauge("slot_in_flight", "requests that are at the engine through sparkctl", [({"slot": s["name"]}, s["in_flight"]) for s in slots])
+        yield gauge("slot_held", "requests that wait for a swap", [({"slot": s["name"]}, s["held"]) for s in slots])
+        for fact, told in (("running", "requests that the engine works on"), ("waiting", "requests that wait in the engine"),
+                           ("kv_use", "share of the KV cache in use"), ("tokens_per_s", "tokens made a second")):
+            yield gauge("engine_" + fact, told, engine(fact))
+        yield counter("swaps_total", "swaps that are over", {k[5:]: n for (k,), n in of("event").items() if k in ("swap_complete", "swap_failed", "swap_cancelled")}, "outcome")
+        yield gauge("swap_running", "1 while a swap runs", [({}, bool(book.running))])
+        yield ("sparkctl_swap_phase_seconds", "summary", "time that the phases of swaps took", [
+            row for (phase,), n in of("phase_count").items() for row in (("_sum", {"phase": phase}, of("phase_sum")[phase,]), ("_count", {"phase": phase}, n))])
+        yield gauge("lock_held", "1 while somebody holds the lock", [({}, lease["locked"])])
+        yield gauge("lock_queue", "who wait for the lock", [({}, lease.get("queue", 0))])
+        yield counter("events_total", "events, by kind", "event", "kind")
+        yield counter("webhook_deliveries_total", "deliveries, by outcome", self.webhooks.outcomes(), "outcome")
+        yield gauge("spark_up", "1 while a Spark answers", [(l, v.state == "ok") for l, v in sparks])
+        yield gauge("spark_memory_bytes", "where a Spark's memory is", memory, GIB)
+        for name, told, scale, value in SPARK_GAUGES:
+            yield gauge("spark_" + name, told, [(l, value(v)) for l, v in sparks], scale)
+        yield gauge("service_up", "1 while a service is well", [({"service": t["name"], "kind": t["kind"]}, t["state"] == "serving") for t in self.tiles(config)])
+
     @staticmethod
     def spark_of(config, service):
         """The Spark of a service, logged in to as the service's own user."""
@@ -4893,7 +5081,7 @@ def get_swap(app, r):
     over = lambda: swap().phase in TERMINAL or swap().seq > since
     if not over():
         app.poll(r, over, r.query.get("wait", 0))
-    return 200, swap().public()
+    return 200, {**swap().public(), "blackbox": swap().blackbox}
 
 
 def stream_swap(app, r):
@@ -4950,6 +5138,15 @@ def get_service_logs(app, r):
     if got.kind != "ok":
         raise Refused(504 if got.kind == "time_out" else 502, "logs_failed", f"{service.name} on {service.host}: {why_not(got)}", remedy=remedy_for(got, spark))
     return 200, "".join(printable(line) + "\n" for line in got.out.splitlines()).encode(), kind
+
+
+def get_history(app, r):
+    minutes = r.query.get("minutes", 60)
+    return 200, {"minutes": minutes, **app.monitor.history.read(time.time(), minutes)}
+
+
+def get_metrics(app, r):
+    return 200, prometheus(app.families()), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
 
 
 def get_v1_models(app, r):
@@ -5009,6 +5206,8 @@ ROUTES = (
     Route("GET",    "/api/services/{name}/logs", get_service_logs, {"tail": number(0, 10_000, int), "follow": flag}),
     Route("GET",    "/api/endpoints",        lambda app, r: (200, app.endpoints(r))),
     Route("GET",    "/api/connectivity",     lambda app, r: (200, app.connectivity())),
+    Route("GET",    "/api/history",          get_history, {"minutes": number(1, 1440, int)}),
+    Route("GET",    "/metrics",              get_metrics),
     Route("GET",    "/api/health/deep",      lambda app, r: (200, app.health())),
     Route("GET",    "/api/events",           lambda app, r: (200, {"events": app.events.since(r.query.get("since", 0))}), SINCE),
     Route("GET",    "/api/settings",         lambda app, r: (200, {"settings": app.store.settings.public(),
@@ -5159,7 +5358,15 @@ class Handler(BaseHTTPRequestHandler):
         request.query = checked(dict(urllib.parse.parse_qsl(request.raw_query, keep_blank_values=True)), route.query, "the query")
         if route.body is not None:
             request.json = checked(parse_json(request.body), route.body, "the body")
-        return self.reply(request, *route.handler(app, request))
+        began, status = time.monotonic(), 500
+        try:
+            status, *answer = route.handler(app, request)
+        except Refused as e:
+            status = e.status
+            raise
+        finally:                                # not how long someone waited who asked to
+            app.meter.request(request.method, status, None if "wait" in request.query else time.monotonic() - began)
+        return self.reply(request, status, *answer)
 
     def reply(self, request, status, content, headers=()):
         """Send one reply -> (status, bytes of body). content: bytes, what JSON can hold, or run(send), a stream until it returns."""

@@ -1716,6 +1716,107 @@ def test_an_engine_that_holds_requests_and_makes_no_token_is_wedged_until_it_mak
     stub.close()
 
 
+def test_rings_are_bounded_and_a_minute_is_the_mean_of_what_is_known():
+    h = sc.History()
+    for second in range(0, 30 * 3600, 5):
+        h.add(1_800_000_000 + second, {("sparks", "spark1"): (100.0, None if second % 10 else 50.0, 3.0, None), ("engines", "slot-main"): (1, 0, 0.5, 10.0)})
+    now = 1_800_000_000 + 30 * 3600
+    fine, coarse = h.read(now, 60), h.read(now, 1440)
+    assert len(fine["sparks"]["spark1"]["at"]) == 720 and fine["sparks"]["spark1"]["gpu_busy"][-2:] == (50.0, None)
+    told = coarse["sparks"]["spark1"]
+    assert 1400 < len(told["at"]) <= 1440 and set(told["gpu_busy"]) == {50.0} and set(told["temperature_c"]) == {None} and told["hours"][-1]["gpu_busy"] == 50.0
+    assert coarse["engines"]["slot-main"]["tokens_per_s"][0] == 10.0 and len(h.read(now, 5)["sparks"]["spark1"]["at"]) == 60
+    h.add(now + 2 * 86400, {("sparks", "spark2"): (1, 2, 3, 4)})
+    assert list(h.read(now + 2 * 86400, 60)["sparks"]) == ["spark2"]
+
+
+def test_the_history_fills_at_the_pace_of_the_looks(two):
+    got = until(lambda: (h := two.get("/api/history?minutes=5").json)["sparks"].get("spark1", {}).get("power_w", [None])[-1] and h)
+    assert got["sparks"]["spark1"]["available_gb"][-1] == 114.4 and len(got["sparks"]["spark1"]["at"]) == len(got["sparks"]["spark1"]["gpu_busy"])
+    assert two.get("/api/history?minutes=0").status == 422
+
+
+def told_names(text):
+    return {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+
+
+def test_metrics_are_what_an_independent_parser_takes_and_the_readme_names_them(two):
+    assert two.swap("alpha").status == 200 and two.get("/nothing").status == 404
+    two.post("/api/swap", {"model": "nothing"})
+    until(lambda: (spark_state(two)["spark1"]["ledger"] or {}).get("engines") and serves(two)["facts"].get("running") is not None)
+    got = two.get("/metrics")
+    text = got.body.decode()
+    assert got.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8" and text.endswith("\n")
+    table = README[README.index("| metric |"):]
+    assert told_names(text) == set(re.findall(r"`(sparkctl_\w+)", table[:table.index("\n\n")]))
+    with contextlib.suppress(ImportError):
+        from prometheus_client.parser import text_string_to_metric_families
+        values = {(s.name, *sorted(s.labels.items())): s.value for family in text_string_to_metric_families(text) for s in family.samples}
+        assert values["sparkctl_slot_up", ("model", "alpha"), ("slot", "main")] == 1 and values["sparkctl_swaps_total", ("outcome", "complete")] == 1
+        assert values["sparkctl_spark_memory_bytes", ("name", "main"), ("part", "engines"), ("spark", "spark1")] > 18 << 30
+        assert values["sparkctl_http_requests_total", ("method", "POST"), ("status", "404")] == 1 and values["sparkctl_swap_phase_seconds_count", ("phase", "loading")] == 1
+        assert values["sparkctl_http_request_seconds_bucket", ("le", "+Inf")] == values["sparkctl_http_request_seconds_count",] > 2
+        return
+    need(False, "prometheus_client")
+
+
+def test_what_is_named_in_a_metric_may_be_hostile():
+    said = sc.prometheus([("sparkctl_x", "gauge", "help", [("", {"a": 'b"\\\n\u202e\ud800'}, 1), ("", {}, None), ("_y", {}, float("inf"))])]).decode()
+    assert said == '# HELP sparkctl_x help\n# TYPE sparkctl_x gauge\nsparkctl_x{a="b\\"\\\\\\n\u202e?"} 1.0\nsparkctl_x_y +Inf\n'
+
+
+def test_of_a_spark_that_freezes_during_a_swap_the_last_seconds_are_kept_with_the_swap(two):
+    two.rig.behave("spark1", "alpha", load=60)
+    until(lambda: spark_state(two)["spark1"]["state"] == "ok")
+    swap = two.post("/api/swap", {"model": "alpha"}).json
+    two.phase("loading")
+    light = lambda: [c for c in two.rig.calls("spark1") if "@gpu" in c["command"] and "@docker" not in c["command"]]
+    until(lambda: len(light()) > 1)
+    two.rig.control("spark1", "meminfo", MEMINFO.replace("120000000", "  1048576"))
+    before = len(light())
+    until(lambda: len(light()) > before + 1)
+    two.rig.control("spark1", "down")
+    until(lambda: spark_state(two)["spark1"]["state"] == "unreachable")
+    two.call("DELETE", f"/api/swap/{swap['id']}")
+    two.rig.clear("spark1", "down")
+    two.idle()
+    box = two.get(f"/api/swap/{swap['id']}").json["blackbox"]
+    assert list(box) == ["spark1"] and box["spark1"]["lost_at"] and 1 < len(box["spark1"]["samples"]) <= 60
+    assert box["spark1"]["samples"][-1]["available_gb"] == 1.0 and box["spark1"]["samples"][-1]["power_w"] == 3.42
+    assert two.restart().get(f"/api/swap/{swap['id']}").json["blackbox"] == box
+    two.rig.behave("spark1", "alpha", load=0.3)
+    two.rig.control("spark1", "meminfo", MEMINFO)
+    assert two.swap("alpha").status == 200 and two.get("/api/swap").json["recent"][0]["id"] != swap["id"]
+    assert two.get(f"/api/swap/{two.get('/api/swap').json['recent'][0]['id']}").json["blackbox"] is None
+
+
+def test_a_spark_that_hangs_delays_no_long_poll_no_request_and_no_swap_of_another(rig, start, tmp_path):
+    env = rig_env(rig, tmp_path)
+    (tmp_path / "services.yaml").write_text(f"slots: {{main: {{hosts: [spark1], port: {rig.port}, container: vllm_node}}}}\n"
+                                            "services: {far: {kind: http, host: spark2, port: 9, container: far}}")
+    p = start(env, args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    until(lambda: {s["state"] for s in spark_state(p).values()} == {"ok"})
+    assert p.swap("alpha").status == 200
+    rig.control("spark2", "freeze")
+    until(lambda: spark_state(p)["spark2"]["state"] == "stale", 30)
+    assert "has not answered since" in spark_state(p)["spark2"]["detail"] and spark_state(p)["spark1"]["state"] == "ok"
+
+    def timed(call, *args, **more):
+        began = time.monotonic()
+        return call(*args, **more), time.monotonic() - began
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:     # ssh needs 10 s to see that it hangs: what waited for it would take longer than 8
+        asks = [pool.submit(timed, p.post, "/v1/completions", {"prompt": "hi", "max_tokens": 1}) for _ in range(40)]
+        logs = pool.submit(p.get, "/api/services/far/logs")
+        poll = pool.submit(timed, p.get, f"/api/state?since={p.get('/api/state').json['version']}&wait=50")
+        lock(p)
+        assert poll.result(20)[1] < 8
+        assert all(got.status == 200 and took < 8 for got, took in (a.result(30) for a in asks))
+        got, took = timed(p.call, "POST", "/api/swap?wait=60&force=true", {"model": "beta"})
+        assert got.json["phase"] == "ready" and took < 8 and spark_state(p)["spark2"]["state"] != "ok"
+        rig.clear("spark2", "freeze")
+        logs.result(60)
+
+
 # === 13 data path =============================================================
 
 def test_what_is_served_is_listed_under_all_its_names(two):
