@@ -21,7 +21,7 @@ Contents (each section uses only names from the sections above it; a test proves
    9  swap           the Arbiter, who says yes or no, and SwapManager's worker, who acts
   10  coordination   events, webhooks, cron, schedules of others, jobs of our own
   11  weights        what is on the Sparks' disks: list, download, copy, delete
-  12  monitor        who watches Sparks and slots
+  12  monitor        who watches Sparks, slots and services; history and metrics
   13  data path      /v1: which slot, hold while it swaps, relay bytes as they come
   14  http           routes, guards, long-poll
   15  demo           a pretended engine, run by the very same swap code
@@ -29,12 +29,14 @@ Contents (each section uses only names from the sections above it; a test proves
 
 Threads: the main thread waits for a signal; `accept` takes connections, one thread each; `swap` performs the
 running swap, alone, with a short-lived pool for Sparks asked at once; `lease` ends the lock on time; `jobs` starts
-what is due, in a thread `job` each; `webhook` delivers, one a receiver; `config` re-reads the YAML files; `spark-NAME`
-and `slot-NAME` poll, one each, so that a dead Spark delays only itself; `follow` reads an engine's log during a swap.
+what is due, in a thread `job` each; `webhook` delivers, one a receiver; `config` re-reads the YAML files; `spark-NAME`,
+`slot-NAME` and `service-NAME` poll, one each, so that a dead one delays only itself; `history` keeps what they saw;
+`follow` reads an engine's log during a swap.
 Locks: Arbiter._lock guards the one decision who may start what, and is held until the journal has it; Hub.changed the
 version that long-polls wait on; Gate._cond the holding and counting of requests; Events._lock, SwapLog._lock and
 Register._lock a list and its file; Webhooks._lock deliveries and queues; Jobs._lock which jobs run; Monitor._lock what
-the slots' polls last saw; Hosts._lock the resolved addresses; Server._idle the count of replies in flight. No lock is held
+the slots' polls last saw; History._lock and Meter._lock what was measured and counted; Hosts._lock the resolved
+addresses; Server._idle the count of replies in flight. No lock is held
 across ssh, HTTP or sleep, and no two at once. What is published is immutable and replaced whole: readers take no lock.
 Trusted: the two YAML files, the environment, the user that ssh logs in as. Not trusted: clients, web pages in
 the owner's browser, what an engine or a Spark answers.
@@ -151,6 +153,11 @@ def urls(value):
     return names(value)
 
 
+def one_url(value):
+    require(len(urls(value)) == 1, "must be one address")
+    return value
+
+
 def abs_paths(value):
     for path in names(value):
         require(path.startswith("/") and os.path.normpath(path) == path, f"{path!r} is not an absolute, normalised path")
@@ -206,7 +213,8 @@ SETTINGS = (
     Setting("MAX_BODY_MB", "32", number(1, 1024, int), "largest body of an API or /v1 request, MiB"),
     Setting("POLL_SECONDS", "5", number(1, 3600), "time between two looks at a Spark, a slot or a service"),
     Setting("QDRANT_API_KEY", "", text, "key that Qdrant is asked with", True),
-    Setting("OPEN_WEBUI_URL", "", matching(r"(https?://[!-+\--~]+)?", "must start with http:// or https://"), "address of Open WebUI, if it is not a service with a host and a port"),
+    Setting("OPEN_WEBUI_URL", "", lambda value: value and one_url(value),
+            "address of Open WebUI, if it is not a service with a host and a port"),
 )
 SETTING = {s.name: s for s in SETTINGS}
 SECRETS = tuple(s.name for s in SETTINGS if s.secret)
@@ -674,7 +682,8 @@ class Hosts:
                     rest = rest[:1 << 16]
                     if not chunk:
                         code = process.wait(5)
-                        return classify_ssh_failure(process.stderr.read().decode("utf-8", "replace"))[1] if code == 255 else f"exit code {code}" if code else ""
+                        said = process.stderr.read().decode("utf-8", "replace")
+                        return classify_ssh_failure(said)[1] if code == 255 else f"exit code {code}" if code else ""
             return ""
         finally:
             end_process(process)
@@ -983,47 +992,39 @@ Layout = collections.namedtuple("Layout", "slots backends services")        # of
 class Kind(NamedTuple):
     """What is known of a kind of service."""
     health: str                             # path of its health check
-    ask: tuple = ()                         # paths that tell what it has, the first that answers 200 counts
+    ask: tuple = ()                         # paths that tell what it has; the first that answers 200 counts
     tell: Callable = lambda doc: {}         # that answer's JSON -> facts for the tile
-    # facts -> real requests (path, body or None for GET, what the JSON answer has: "" = anything); of several the first that is known there
-    real: Callable = lambda facts: ()
+    real: Callable = lambda facts: ()       # real requests: (path, body, None = GET, what its JSON answer has); one that is known there
     key: str = ""                           # the setting with its key
     base: str = ""                          # where its OpenAI API begins
 
 
-def model_told(doc):
-    return {"model": doc["data"][0]["id"] if "data" in doc else doc["model_id"]}
-
-
-def chat_request(facts):
-    return "/v1/chat/completions", {"model": facts.get("model"), "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}, "choices"
-
-
-def embedding_request(facts):
-    return "/v1/embeddings", {"model": facts.get("model"), "input": "Hello"}, "data"
-
-
-def transcription_request(facts):
-    """A form with one second of silence: WAV, 16 kHz, 16 bit, mono."""
+def silent_second(facts):
+    """A form with one second of silence to transcribe: WAV, 16 kHz, 16 bit, mono."""
     wav = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 32036, b"WAVEfmt ", 16, 1, 1, 16000, 32000, 2, 16, b"data", 32000) + bytes(32000)
     part = '--sparkctl\r\nContent-Disposition: form-data; name="{}"\r\n\r\n'
     head = part.format("model") + str(facts.get("model") or "whisper-1") + "\r\n" + part.format('file"; filename="silence.wav')
     return "/v1/audio/transcriptions", head.encode() + wav + b"\r\n--sparkctl--\r\n", "text"
 
 
-# Sources: vLLM's own routes; docs.nvidia.com/nim; text-embeddings-inference (/info), Qdrant's openapi.json, Kokoro-FastAPI's
+MODEL = lambda doc: {"model": doc["data"][0]["id"] if "data" in doc else doc["model_id"]}
+HELLO = [{"role": "user", "content": "Hello"}]
+CHAT = lambda facts: ("/v1/chat/completions", {"model": facts.get("model"), "messages": HELLO, "max_tokens": 1}, "choices")
+EMBED = lambda facts: ("/v1/embeddings", {"model": facts.get("model"), "input": "Hello"}, "data")
+VOICES = lambda doc: {"voices": [v["id"] if isinstance(v, dict) else v for v in expect("list", doc["voices"])]}
+SPEAK = lambda facts: ("/v1/audio/speech", {"model": "kokoro", "input": "Hello", "voice": (facts.get("voices") or ["af_heart"])[0],
+                                            "response_format": "wav"}, "")
+# Sources: vLLM's own routes; docs.nvidia.com/nim; text-embeddings-inference (/info); Qdrant's openapi.json; Kokoro-FastAPI's
 # routers, where voices are names in older versions and {id, name} in newer ones.
 KINDS = {
-    "vllm": Kind("/health", (), model_told, lambda facts: (chat_request(facts), embedding_request(facts)), "VLLM_API_KEY", "/v1"),
-    "asr": Kind("/health", ("/v1/models",), model_told, lambda facts: (transcription_request(facts),), base="/v1"),
-    "tts": Kind("/health", ("/v1/audio/voices",), lambda doc: {"voices": [v["id"] if isinstance(v, dict) else v for v in expect("list", doc["voices"])]}, lambda facts: (
-        ("/v1/audio/speech", {"model": "kokoro", "input": "Hello", "voice": (facts.get("voices") or ["af_heart"])[0], "response_format": "wav"}, ""),), base="/v1"),
-    "embeddings": Kind("/health", ("/info", "/v1/models"), model_told, lambda facts: (embedding_request(facts),), base="/v1"),
+    "vllm": Kind("/health", real=lambda facts: (CHAT(facts), EMBED(facts)), key="VLLM_API_KEY", base="/v1"),
+    "asr": Kind("/health", ("/v1/models",), MODEL, lambda facts: (silent_second(facts),), base="/v1"),
+    "tts": Kind("/health", ("/v1/audio/voices",), VOICES, lambda facts: (SPEAK(facts),), base="/v1"),
+    "embeddings": Kind("/health", ("/info", "/v1/models"), MODEL, lambda facts: (EMBED(facts),), base="/v1"),
     "qdrant": Kind("/readyz", ("/collections",), lambda doc: {"collections": [c["name"] for c in doc["result"]["collections"]]},
                    lambda facts: (("/collections", None, "result"),), "QDRANT_API_KEY"),
-    "nim": Kind("/v1/health/ready", ("/v1/models",), model_told, lambda facts: (chat_request(facts),), base="/v1"),
-    "open-webui": Kind("/health", ("/api/version",), lambda doc: {"version": doc["version"]}),
-    "http": Kind("/")}
+    "nim": Kind("/v1/health/ready", ("/v1/models",), MODEL, lambda facts: (CHAT(facts),), base="/v1"),
+    "open-webui": Kind("/health", ("/api/version",), lambda doc: {"version": doc["version"]}), "http": Kind("/")}
 BUILTINS = (("parakeet", "asr", 8001), ("kokoro", "tts", 8880), ("embeddings", "embeddings", 8010),
             ("qdrant", "qdrant", 6333), ("nim", "nim", 9000), ("open-webui", "open-webui", 3000))
 
@@ -1080,7 +1081,7 @@ def parse_service(name, entry, base, sparks):
     require(isinstance(port, int) and 0 <= port <= 65535, "port: must be a whole number up to 65535")
     health, url, container = (expect("text", v or "") for v in (health or base.health or KINDS[kind].health, url or base.url, container))
     require(health.startswith("/"), "health: must start with /")
-    require(not url or re.match(r"https?://", url) and urls(url), "url: must start with http:// or https://")
+    require(not url or re.match(r"https?://", url) and one_url(url), "url: must start with http:// or https://")
     require(url or host and port, "needs host and port, or url")
     return Service(name, kind, host, port, printable(str(label or base.label or name), 200), container and container_name(container),
                    health, url, user_name(str(user or "")), True)
@@ -1534,28 +1535,26 @@ def why_silent(e):
     return told.get(type(e), ("unreachable", "no answer") if isinstance(e, OSError) else ("unknown", "what answers is not HTTP"))
 
 
-def tell_facts(kind, body):
-    """What a service's JSON says of it, bounded; {} if it is of another shape."""
-    clean = lambda v: [clean(item) for item in v[:200]] if isinstance(v, list) else printable(str(v), 200)
-    with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        return {name: clean(value) for name, value in KINDS[kind].tell(json.loads(body)).items()}
-    return {}
-
-
 def probe_service(service, endpoint, path="", timeout_s=3.0):
-    """Ask a service for its health and what it has -> (state, detail, facts). Never raises. States: serving, loading, down, unreachable, unknown."""
+    """Ask a service for its health and what it has -> (state, detail, facts). Never raises.
+
+    States: serving, loading, down (nothing listens, or its engine is dead), unreachable, unknown (an answer that says neither).
+    """
     if service.kind == "vllm":
         probe = probe_vllm_endpoint(endpoint)
         silent = "down" if probe.detail == "connection refused" else "unreachable"
         state = {"serving": "serving", "loading": "down", "silent": silent}.get(probe.state, "unknown")
         return state, "" if probe.served else probe.detail, {"model": probe.served[0], "names": [*probe.served]} if probe.served else {}
     kind, facts, state = KINDS[service.kind], {}, None
+    clean = lambda value: [clean(item) for item in value[:200]] if isinstance(value, list) else printable(str(value), 200)
     try:
         status, _ = endpoint.request("GET", path + service.health, timeout_s=timeout_s)
         state, detail = {200: "serving", 503: "loading"}.get(status, "unknown"), "" if status == 200 else f"{service.health} says {status}"
         for ask in kind.ask:
             status, body = endpoint.request("GET", path + ask, timeout_s=timeout_s)
-            facts = facts or (tell_facts(service.kind, body) if status == 200 else {})
+            # JSON of another shape tells nothing
+            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+                facts = facts or {k: clean(v) for k, v in kind.tell(json.loads(body)).items()} if status == 200 else facts
             detail = f"{ask} says {status}: set {kind.key}" if status in (401, 403) and kind.key else detail
     except (OSError, ValueError, http.client.HTTPException) as e:
         state, detail = (state, detail or f"{ask}: {why_silent(e)[1]}") if state else why_silent(e)
@@ -1601,7 +1600,8 @@ def vitals_after(old, told, now):
         if name in told and name in old.told:
             grown = told[name] - (old.told[name] if told[name] >= old.told[name] else 0)
             facts[name.removeprefix("generation_") + "_per_s"] = round(grown / (now - old.at), 1)
-    still = old and told.get("running") and "generation_tokens" in told and all(told.get(n) == old.told.get(n) for n in ("prompt_tokens", "generation_tokens"))
+    tokens = lambda of: [of.get(name) for name in ("prompt_tokens", "generation_tokens")]
+    still = old and told.get("running") and "generation_tokens" in told and tokens(told) == tokens(old.told)
     return Vitals(now, told, facts, old.frozen + 1 if still else 0)
 
 
@@ -3308,7 +3308,7 @@ class Webhooks:
         self._lock = threading.Lock()
         self._deliveries = collections.deque(maxlen=self.KEEP)      # guarded by _lock; newest first
         self._queues = {}                                   # guarded by _lock; URL -> Queue of its thread
-        self._outcomes = collections.Counter()              # guarded by _lock; of all deliveries since the start
+        self._outcomes = collections.Counter()              # guarded by _lock; (outcome,) -> deliveries since the start
 
     def wants(self, kind):
         wanted = any(fnmatch.fnmatchcase(kind, name) for name in self._settings()["WEBHOOK_EVENTS"])
@@ -3334,7 +3334,7 @@ class Webhooks:
                 self._queues[url].put_nowait((row, body))
             except queue.Full:
                 row.update(outcome="dropped", detail=f"{self.QUEUE} deliveries were waiting already")
-                self._outcomes["dropped"] += 1
+                self._outcomes["dropped",] += 1
         return row["id"]
 
     def deliveries(self):
@@ -3359,7 +3359,7 @@ class Webhooks:
                 outcome = {"outcome": "failed", "detail": f"no answer within {self.LIMIT_S:g} s" if late else printable(str(what), 200)}
             with self._lock:
                 row.update(outcome, seconds=round(time.monotonic() - began, 3))
-                self._outcomes[outcome["outcome"]] += 1
+                self._outcomes[outcome["outcome"],] += 1
             if outcome["outcome"] != "delivered":
                 log(f"webhook {row['event']} to {row['to']}: {outcome['outcome']} {outcome.get('status') or ''} {outcome['detail']}")
             self._hub.bump()
@@ -3731,7 +3731,7 @@ class Jobs:
 
 
 # === 12 monitor ===============================================================
-# Who looks at Sparks and slots while no swap does, one thread each; what they saw last is all that others read. First
+# Who looks at Sparks, slots and services, one thread each; what they saw last is all that others read. First
 # what a Spark is asked and how its answer is read: pure, and total, since a Spark may answer anything.
 
 SMI = "t nvidia-smi --query-{}={} --format=csv,noheader,nounits"
@@ -3757,7 +3757,8 @@ f=
 while IFS=' ,' read -r p m; do case $p in ''|*[!0-9]*) ;; *) f="$f /proc/$p/cgroup" ;; esac; done <<E
 $a
 E
-echo @groups; grep -HsE 'docker|^(anon|shmem) ' $f /sys/fs/cgroup/system.slice/docker-*.scope/memory.stat /sys/fs/cgroup/docker/*/memory.stat
+c=/sys/fs/cgroup
+echo @groups; grep -HsE 'docker|^(anon|shmem) ' $f $c/system.slice/docker-*.scope/memory.stat $c/docker/*/memory.stat
 echo @docker; t docker ps -a --no-trunc --format '{{{{.ID}}}} {{{{.Names}}}} {{{{.Status}}}}' && echo ok
 echo @df; t df -Pk "${{HF_HOME:-$HOME/.cache/huggingface}}" "$HOME" /
 """) + "echo @end\nexit 0\n"
@@ -3765,7 +3766,7 @@ echo @df; t df -Pk "${{HF_HOME:-$HOME/.cache/huggingface}}" "$HOME" /
 
 def figure(cell):
     """The number in a cell, or None: on GB10 nvidia-smi says [N/A] or Not Supported in many."""
-    m = re.fullmatch(r"\s*(-?\d{1,15}(?:\.\d{1,9})?)\s*", cell, re.ASCII)
+    m = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*", cell, re.ASCII)
     return float(m[1]) if m else None
 
 
@@ -3800,11 +3801,14 @@ def parse_spark(out):
     df = [*map(figure, " ".join(parts["df"][1:2]).split()), *[None] * 4]
     speeds = dict(named("/net/([^/]*)/speed"))
     return {
-        "memory": parse_meminfo(line for _, said in named("(/meminfo)") for line in said), "pressure": float(pressure[1]) if pressure else None,
-        "gpu": {**dict(zip(("busy", "power_w", "temperature_c", "clock_mhz"), cells)), "driver": printable(gpu[4].strip(), 40)} if len(gpu) == 5 else None,
+        "memory": parse_meminfo(line for _, said in named("(/meminfo)") for line in said),
+        "pressure": float(pressure[1]) if pressure else None,
+        "gpu": {**dict(zip(("busy", "power_w", "temperature_c", "clock_mhz"), cells)),
+                "driver": printable(gpu[4].strip(), 40)} if len(gpu) == 5 else None,
         "apps": parse_apps(parts["apps"]) if "apps" in parts else None,
         "container_of": {int(pid): m[1] for pid, said in named(r"/(\d{1,10})/cgroup") if (m := re.search(container, " ".join(said)))},
-        "container_gb": {name: sum(figure(line.split(" ")[-1]) or 0 for line in said) / GIB for name, said in named(container + r"[^/]*/memory\.stat")},
+        "container_gb": {name: sum(figure(line.split(" ")[-1]) or 0 for line in said) / GIB
+                         for name, said in named(container + r"[^/]*/memory\.stat")},
         "containers": {row[0]: (row[1], printable(row[2], 200)) for row in rows if len(row) == 3} if ["ok"] in rows else None,
         "load": words("/loadavg")[0], "uptime_s": words("/uptime")[0], "temperature_c": max(heat, default=None),
         "disk": {"total_gb": round(df[1] / (1 << 20)), "free_gb": round(df[3] / (1 << 20), 1)} if df[1] and df[3] else None,
@@ -3834,7 +3838,8 @@ def ledger(facts, owners):
         parts[kind][name] = None if container in dark or apps is None and kind == "engines" else round(gb, 2)
     told = sum(gb for part in parts.values() for gb in part.values() if gb)
     rest = memory["MemTotal"] - memory["MemFree"] - cache - told
-    sums = {"total": memory["MemTotal"], "available": memory["MemAvailable"], "free": memory["MemFree"], "page_cache": cache, "unknown": max(0.0, rest)}
+    sums = {"total": memory["MemTotal"], "available": memory["MemAvailable"], "free": memory["MemFree"], "page_cache": cache,
+            "unknown": max(0.0, rest)}
     return {**{name + "_gb": round(gb, 2) for name, gb in sums.items()}, **parts}
 
 
@@ -3898,21 +3903,14 @@ def spark_view(facts, owners, old, light):
         return view._replace(ledger=None)       # it changes as engines go and come
     return view._replace(
         temperature_c=facts["temperature_c"] and round(facts["temperature_c"]), ledger=ledger(facts, owners),
-        containers=dict(facts["containers"].values()) if facts["containers"] else {}, **{k: facts[k] for k in ("load", "disk", "links", "fabric", "uptime_s")})
-
-
-WEDGE_LOOKS, WEDGE_W, WEDGE_CANARY_S = 3, 30.0, 20.0    # looks without a token; a Spark that works takes more; what one token may take
-
-
-def pause_after(poll, failures):
-    """Seconds to the next look at what failed so often in a row; the jitter keeps several from asking together."""
-    return min(60, poll * 2 ** min(failures, 9)) * (0.8 + 0.4 * secrets.randbelow(100) / 100) if failures else poll
+        containers=dict((facts["containers"] or {}).values()), **{k: facts[k] for k in ("load", "disk", "links", "fabric", "uptime_s")})
 
 
 class History:
     """What was measured, in rings: an hour at most as it was looked at, a day by the minute. Lost with the process."""
 
-    FIELDS = {"sparks": ("available_gb", "gpu_busy", "power_w", "temperature_c"), "engines": ("running", "waiting", "kv_use", "tokens_per_s")}
+    ENGINE = ("running", "waiting", "kv_use", "tokens_per_s")
+    FIELDS = {"sparks": ("available_gb", "gpu_busy", "power_w", "temperature_c"), "slots": ENGINE, "services": ENGINE}
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -3933,7 +3931,7 @@ class History:
                 del self._rings[key]            # renamed, or gone from the file
 
     def read(self, now, minutes):
-        """{what: {name: {"at": […], field: […], of a Spark "hours": GPU-busy share of each}}}; as it was looked at where that reaches back so far."""
+        """{what: {name: {"at": […], field: […], of a Spark also "hours"}}}, by the minute where the looks do not reach back so far."""
         with self._lock:
             rings = {key: (list(ring[0]), list(ring[1])) for key, ring in self._rings.items()}
         told = {what: {} for what in self.FIELDS}
@@ -3944,7 +3942,8 @@ class History:
             told[what][name] = dict(zip(("at", *self.FIELDS[what]), columns or [()] * 5))
             if what == "sparks":
                 hours = itertools.groupby((row for row in by_minute if row[2] is not None), lambda row: row[0] // 3600 * 3600)
-                told[what][name]["hours"] = [{"at": utc(at), "gpu_busy": round(statistics.fmean(row[2] for row in of), 1)} for at, of in hours]
+                told[what][name]["hours"] = [{"at": utc(at), "gpu_busy": round(statistics.fmean(row[2] for row in rows), 1)}
+                                             for at, rows in hours]
         return told
 
 
@@ -3964,22 +3963,22 @@ class Meter:
         self._lock = threading.Lock()
         self._counts = collections.Counter()    # guarded by _lock; (what, which, …) -> number
 
-    def add(self, *key, by=1):
+    def add(self, *rows):
+        """rows: (number, what, which, …)"""
         with self._lock:
-            self._counts[key] += by
+            for number_, *key in rows:
+                self._counts[tuple(key)] += number_
 
     def listen(self, event, payload):
         """A listener of Events: swaps come with their phases."""
-        self.add("event", event["kind"])
-        for row in (payload or {}).get("phases", ()):
-            self.add("phase_sum", row["phase"], by=row["seconds"] or 0)
-            self.add("phase_count", row["phase"])
+        phases = (payload or {}).get("phases", ())
+        self.add((1, "event", event["kind"]), *((row["seconds"] or 0, "phase_sum", row["phase"]) for row in phases),
+                 *((1, "phase_count", row["phase"]) for row in phases))
 
     def request(self, method, status, seconds):
-        self.add("request", method, status)
-        if seconds is not None:                 # None: it waited because it was told to
-            self.add("seconds_sum", by=seconds)
-            self.add("seconds", next(bound for bound in self.BOUNDS if seconds <= bound))
+        """seconds None: it waited because it was told to."""
+        timed = () if seconds is None else ((seconds, "seconds_sum"), (1, "seconds", next(b for b in self.BOUNDS if seconds <= b)))
+        self.add((1, "request", method, status), *timed)
 
     def of(self, what):
         """{key after what: number}"""
@@ -3993,10 +3992,18 @@ def prometheus(families):
     lines = []
     for name, kind, told, samples in families:
         lines += [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
-        for suffix, labels, value in samples:
+        for suffix, labels, value in (row for row in samples if row[2] is not None):
             inner = ",".join(f'{k}="{escape(v)}"' for k, v in labels.items())
-            lines += [f"{name}{suffix}{f'{{{inner}}}' if inner else ''} {float(value)!r}".replace(" inf", " +Inf")] if value is not None else []
+            lines.append(f"{name}{suffix}{f'{{{inner}}}' if inner else ''} {float(value)!r}".replace(" inf", " +Inf"))
     return ("\n".join(lines) + "\n").encode("utf-8", "replace")
+
+
+WEDGE_LOOKS, WEDGE_W, WEDGE_CANARY_S = 3, 30.0, 20.0    # looks without a token; a Spark that works takes more; what one token may take
+
+
+def pause_after(poll, failures):
+    """Seconds to the next look at what failed so often in a row; the jitter keeps several from asking together."""
+    return min(60, poll * 2 ** min(failures, 9)) * (0.8 + 0.4 * secrets.randbelow(100) / 100) if failures else poll
 
 
 class Monitor:
@@ -4010,7 +4017,7 @@ class Monitor:
         self._sparks = {}                       # name -> SparkView, replaced whole by the one thread of that Spark
         self._services = {}                     # name -> ServiceView, replaced whole by the one thread of that service
         self._vitals = {}                       # slot-NAME or service-NAME -> Vitals, likewise
-        self._boxes = {}                        # name -> Box of the swap that runs or ran last there, replaced whole by the one thread of that Spark
+        self._boxes = {}                        # Spark -> Box of its last swap, replaced whole by the one thread of that Spark
         self.history = History()
         self._noticed = None                    # what the last bump told; of the thread `history` alone
         self._watched = set()                   # names of threads; of start(), then of the thread `config`
@@ -4067,8 +4074,8 @@ class Monitor:
             self._slots[name] = SlotView(probe, utc())
         if old and old.probe.served == probe.served and {old.probe.state, probe.state} == {"serving", "wedged"}:
             wedged = probe.state == "wedged"
-            self._events.add("engine_wedged" if wedged else "engine_recovered",
-                             f"{name} ({probe.served[0]}) " + (f"is wedged: {probe.detail}" if wedged else "is not wedged any more"), slot=name)
+            said = f"is wedged: {probe.detail}" if wedged else "is not wedged any more"
+            self._events.add("engine_wedged" if wedged else "engine_recovered", f"{name} ({probe.served[0]}) {said}", slot=name)
         elif foreign and old and old.probe.state in ("serving", "wedged"):
             now = probe.served[0] if probe.served else "nothing"
             self._events.add("model_changed" if probe.served else "model_lost",
@@ -4087,7 +4094,8 @@ class Monitor:
             probe = probe_vllm_endpoint(endpoint)
             self._ask_vitals("slot-" + name, endpoint, probe.state == "serving")
             if probe.state == "serving" and self._is_wedged(slot, endpoint, probe):
-                probe = Probe("wedged", probe.served, "requests run, no token comes, and a request of one token was not answered; restart it by a swap")
+                probe = Probe("wedged", probe.served, "requests run, no token comes, and one that was asked for did not come; "
+                              "swap with restart: true starts it again")
             if self.manager.mark(name) == before:           # no swap began or ended meanwhile
                 self.observe(name, probe, foreign=True)
         else:
@@ -4105,7 +4113,7 @@ class Monitor:
             self._vitals.pop(key, None)
 
     def _is_wedged(self, slot, endpoint, probe):
-        """Whether requests run while no token comes and no Spark works, and then one of ours fails too. Once wedged, until a token comes."""
+        """Whether requests run, no token comes, no Spark works, and a request of ours fails too. Once wedged, until a token comes."""
         vitals, plan = self._vitals.get("slot-" + slot.name), self.manager.book.slots.get(slot.name)
         power = [self.spark(host).gpu["power_w"] or 0 for host in slot.hosts if self.spark(host).gpu]
         if vitals is None or vitals.frozen < WEDGE_LOOKS or max(power, default=0) >= WEDGE_W:
@@ -4146,7 +4154,7 @@ class Monitor:
         self._closing.wait(max(60, poll))
 
     def _look_at_spark(self, name):
-        """One look at a Spark; then wait for the next. A dead one is asked less and less often; during a swap each second, and less is asked."""
+        """One look at a Spark; then wait for the next: during a swap a second, when it is dead more and more."""
         config, old, swap = self._store.current, self.spark(name), self._swap_at(name)
         poll, box = config.settings["POLL_SECONDS"], self._boxes.get(name, Box(""))
         light = swap is not None and box.swap == swap and old.state == "ok"
@@ -4167,8 +4175,7 @@ class Monitor:
             self._hub.bump()
         if old.state not in ("unknown", view.state) and (old.state, view.state) != ("stale", "ok"):
             self._events.add("spark_" + view.state, f"{name} is {view.state}" + (f": {view.detail}" if view.detail else ""), spark=name)
-        until, pause = time.monotonic() + (1 if swap else poll), pause_after(poll, view.failures)
-        until += pause - poll if not swap else 0
+        until = time.monotonic() + (1 if swap else pause_after(poll, view.failures))
         while not self._closing.wait(max(0.0, min(1.0, until - time.monotonic()))) and time.monotonic() < until:
             if swap is None and self._swap_at(name):        # it begins: look at once
                 return
@@ -4181,10 +4188,11 @@ class Monitor:
 
     def black_box(self, swap_id):
         """{Spark: since when it does not answer, and its last samples} of those that stopped answering during that swap."""
-        told = ((name, box, box.lost_at or box.samples[-1][0]) for name, box in self._boxes.copy().items() if box.swap == swap_id and box.samples)
+        boxes = {name: box for name, box in self._boxes.copy().items() if box.swap == swap_id and box.samples}
         fields = ("available_gb", "pressure", "power_w")
-        return {name: {"lost_at": utc(lost), "samples": [{"at": utc(at), **dict(zip(fields, row))} for at, *row in box.samples]}
-                for name, box, lost in told if box.lost_at or time.time() - lost > 3}
+        return {name: {"lost_at": utc(box.lost_at or box.samples[-1][0]),
+                       "samples": [{"at": utc(at), **dict(zip(fields, row))} for at, *row in box.samples]}
+                for name, box in boxes.items() if box.lost_at or time.time() - box.samples[-1][0] > 3}
 
     @staticmethod
     def _owners(config, spark):
@@ -4196,11 +4204,15 @@ class Monitor:
     def _tick(self):
         """Once a poll: keep what was measured, and wake long-polls if anything changed that a person would notice."""
         self._closing.wait(self._store.current.settings["POLL_SECONDS"])
-        rows = {("engines", key.partition("-")[2]): tuple(v.facts.get(f) for f in History.FIELDS["engines"]) for key, v in self._vitals.copy().items()}
+        rows = {}
+        for key, vitals in self._vitals.copy().items():
+            what, _, name = key.partition("-")
+            rows[what + "s", name] = tuple(vitals.facts.get(f) for f in History.ENGINE)
         for name in self._store.sparks:
             view = self.spark(name)
-            given = {**(view.memory or {}), "temperature_c": view.temperature_c, **{"gpu_" + k if k == "busy" else k: v for k, v in (view.gpu or {}).items()}}
-            rows["sparks", name] = tuple(given.get(f) if view.state == "ok" else None for f in History.FIELDS["sparks"])
+            gpu = view.gpu or {}
+            told = (view.memory or {}).get("available_gb"), gpu.get("busy"), gpu.get("power_w"), gpu.get("temperature_c")
+            rows["sparks", name] = told if view.state == "ok" else (None,) * 4
         self.history.add(time.time(), rows)
         noticed = [*(self.spark(name).noticed() for name in self._store.sparks), *(v.facts for v in self._vitals.copy().values()),
                    *((v.detail, v.facts) for v in self._services.copy().values())]
@@ -4595,28 +4607,18 @@ JOB_ACTIONS = {"swap": job_locked(job_swap), "health": job_health,
 
 
 def ask_all(asks):
-    """[(facts, ask)]: every ask() at once, each in a thread -> rows of the facts and ok, seconds, detail. They limit their time themselves."""
+    """[(facts, ask)]: every ask(), which limits its own time, at once -> {facts, ok, seconds, detail} each."""
     def answer(facts, ask):
         began, ok, more = time.monotonic(), False, {}
         try:
             detail, ok = ask(), True
         except Refused as e:
             detail, more = str(e), {k: v for k, v in e.details.items() if v}
-        except (OSError, ValueError, http.client.HTTPException) as e:
+        except (OSError, ValueError, TypeError, RecursionError, http.client.HTTPException) as e:
             detail = why_silent(e)[1]
         return {**facts, "ok": ok, "seconds": round(time.monotonic() - began, 3), "detail": detail, **more}
     with ThreadPoolExecutor(max(1, len(asks))) as pool:
         return list(pool.map(answer, *zip(*asks))) if asks else []
-
-
-SPARK_GAUGES = (    # name, help, factor, what of a SparkView
-    ("gpu_busy_ratio", "share of time that the GPU was busy", 0.01, lambda v: v.gpu and v.gpu["busy"]),
-    ("power_watts", "power that the GPU draws", 1, lambda v: v.gpu and v.gpu["power_w"]),
-    ("gpu_celsius", "temperature of the GPU", 1, lambda v: v.gpu and v.gpu["temperature_c"]),
-    ("celsius", "the highest temperature of the Spark's other sensors", 1, lambda v: v.temperature_c),
-    ("load", "load average of a minute", 1, lambda v: v.load),
-    ("memory_pressure_ratio", "share of 10 s in which something waited for memory", 0.01, lambda v: v.memory and v.memory["pressure"]),
-    ("disk_free_bytes", "room where the models are", GIB, lambda v: v.disk and v.disk["free_gb"]))
 
 
 class App:
@@ -4918,15 +4920,17 @@ class App:
             return "connected"
         logins = {s for s in config.sparks.values()} | {self.spark_of(config, s) for s in services if s.host}
         empty = {row["name"] for row in self.slots(config) if row["state"] == "empty"}
-        asks = [({"name": s.name, "kind": "ssh", "host": s.host, "user": s.user}, functools.partial(login, s)) for s in sorted(logins, key=repr)]
+        asks = [({"name": s.name, "kind": "ssh", "host": s.host, "user": s.user}, functools.partial(login, s))
+                for s in sorted(logins, key=repr)]
         for name, kind, place in ([(s.name, "slot", endpoint_of(s, self.hosts, config.settings)) for s in config.layout.slots.values()]
                                   + [(s.name, s.kind, service_place(s, self.hosts, config.settings)[0]) for s in services]):
-            asks.append(({"name": name, "kind": kind, "host": place.host, "port": place.port}, functools.partial(connect, place, kind == "slot" and name in empty)))
+            row = {"name": name, "kind": kind, "host": place.host, "port": place.port}
+            asks.append((row, functools.partial(connect, place, kind == "slot" and name in empty)))
         rows = ask_all(asks)
         return {"ok": all(row["ok"] for row in rows), "places": rows}
 
     def endpoints(self, r):
-        """Addresses for applications, which work from the client's machine: where a Spark is this machine, by the name the client uses for it."""
+        """Addresses for applications that work from the client's machine: a Spark that is this machine goes by the client's name for it."""
         config, asked = self.store.current, r.headers.get("host") or socket.gethostname()
         here, hidden = re.sub(r":\d+$", "", asked).strip("[]"), config.settings["DISABLED_SERVICES"]
 
@@ -4935,8 +4939,9 @@ class App:
             near = re.fullmatch(r"127\.[\d.]+|::1|localhost", place.host)
             return service.url or place._replace(host=here if near else place.host).url + path
         tiles = self.monitor.services(config)
-        rows = [{"name": s.name, "kind": s.kind, "label": s.label, "disabled": s.name in hidden, "state": "disabled" if s.name in hidden else
-                 self.monitor.service(s.name).state, "base_url": (url := base(s)), "openai_base_url": url + KINDS[s.kind].base if KINDS[s.kind].base else None}
+        rows = [{"name": s.name, "kind": s.kind, "label": s.label, "disabled": s.name in hidden,
+                 "state": "disabled" if s.name in hidden else self.monitor.service(s.name).state, "base_url": base(s),
+                 "openai_base_url": base(s) + KINDS[s.kind].base if KINDS[s.kind].base else None}
                 for s in config.layout.services.values() if (s.name in tiles or s.name in hidden) and (s.url or s.host)]
         own = f"http://{asked}/v1"
         return {"base_url": own, "needs_key": bool(config.settings["SPARKCTL_API_KEY"]), "services": rows, "slots": [
@@ -4944,50 +4949,57 @@ class App:
 
     def families(self):
         """What /metrics tells: (name, type, help, samples) each; a value of None is left out."""
-        config, book, of, own = self.store.current, self.swaps.book, self.meter.of, resource.getrusage(resource.RUSAGE_SELF)
-        sparks, slots = [({"spark": s}, self.monitor.spark(s)) for s in config.sparks], list(self.slots(config))
+        config, of, own, lease = self.store.current, self.meter.of, resource.getrusage(resource.RUSAGE_SELF), self.swaps.lock_info()
         with open("/proc/self/statm", encoding="ascii") as f:
             resident = int(f.read().split()[1]) * resource.getpagesize()
-        memory = [({**l, "part": part, "name": name}, gb) for l, v in sparks if v.ledger for whole, parts in v.ledger.items() for part, name, gb in (
-            [(whole, n, gb) for n, gb in parts.items()] if isinstance(parts, dict) else [(whole.removesuffix("_gb"), "", parts)])]
-        seconds, lease = of("seconds"), self.swaps.lock_info()
-
-        def gauge(name, told, rows, scale=1, kind="gauge"):
-            return "sparkctl_" + name, kind, told, [("", labels, None if value is None else value * scale) for labels, value in rows]
-
-        def counter(name, told, what, *labels):
-            rows = what if isinstance(what, dict) else of(what)
-            return gauge(name, told, [(dict(zip(labels, key if isinstance(key, tuple) else (key,))), n) for key, n in rows.items()], kind="counter")
-
-        def engine(fact):
-            return [({"slot": s["name"]}, s["facts"].get(fact)) for s in slots]
-        yield gauge("info", "1, with the version", [({"version": VERSION}, 1)])
-        yield counter("process_cpu_seconds_total", "CPU time of sparkctl itself, without ssh", {(): own.ru_utime + own.ru_stime})
-        yield gauge("process_resident_bytes", "memory of sparkctl itself", [({}, resident)])
-        yield gauge("process_threads", "threads of sparkctl itself", [({}, threading.active_count())])
-        yield counter("http_requests_total", "requests to the page and the API, by status", "request", "method", "status")
-        yield ("sparkctl_http_request_seconds", "histogram", "time to answer them, but for those that wait because they were told to", [
-            *(("_bucket", {"le": "+Inf" if bound == math.inf else bound}, sum(n for (b,), n in seconds.items() if b <= bound)) for bound in Meter.BOUNDS),
-            ("_sum", {}, sum(of("seconds_sum").values())), ("_count", {}, sum(seconds.values()))])
-        yield gauge("slot_up", "1 while a slot serves", [({"slot": s["name"], "model": s["model"] or s["served_id"] or ""}, s["state"] == "serving") for s in slots])
-        yield gauge("slot_in_flight", "requests that are at the engine through sparkctl", [({"slot": s["name"]}, s["in_flight"]) for s in slots])
-        yield gauge("slot_held", "requests that wait for a swap", [({"slot": s["name"]}, s["held"]) for s in slots])
-        for fact, told in (("running", "requests that the engine works on"), ("waiting", "requests that wait in the engine"),
-                           ("kv_use", "share of the KV cache in use"), ("tokens_per_s", "tokens made a second")):
-            yield gauge("engine_" + fact, told, engine(fact))
-        yield counter("swaps_total", "swaps that are over", {k[5:]: n for (k,), n in of("event").items() if k in ("swap_complete", "swap_failed", "swap_cancelled")}, "outcome")
-        yield gauge("swap_running", "1 while a swap runs", [({}, bool(book.running))])
-        yield ("sparkctl_swap_phase_seconds", "summary", "time that the phases of swaps took", [
-            row for (phase,), n in of("phase_count").items() for row in (("_sum", {"phase": phase}, of("phase_sum")[phase,]), ("_count", {"phase": phase}, n))])
-        yield gauge("lock_held", "1 while somebody holds the lock", [({}, lease["locked"])])
-        yield gauge("lock_queue", "who wait for the lock", [({}, lease.get("queue", 0))])
-        yield counter("events_total", "events, by kind", "event", "kind")
-        yield counter("webhook_deliveries_total", "deliveries, by outcome", self.webhooks.outcomes(), "outcome")
-        yield gauge("spark_up", "1 while a Spark answers", [(l, v.state == "ok") for l, v in sparks])
-        yield gauge("spark_memory_bytes", "where a Spark's memory is", memory, GIB)
-        for name, told, scale, value in SPARK_GAUGES:
-            yield gauge("spark_" + name, told, [(l, value(v)) for l, v in sparks], scale)
-        yield gauge("service_up", "1 while a service is well", [({"service": t["name"], "kind": t["kind"]}, t["state"] == "serving") for t in self.tiles(config)])
+        sparks, slots, seconds = [({"spark": s}, self.monitor.spark(s)) for s in config.sparks], list(self.slots(config)), of("seconds")
+        by = lambda counts, *labels: [("", dict(zip(labels, key)), n) for key, n in counts.items()]
+        of_spark = lambda value: [("", labels, value(v)) for labels, v in sparks]
+        of_slot = lambda value: [("", {"slot": s["name"]}, value(s)) for s in slots]
+        known = lambda v: {**(v.ledger or {}), **{k: gb for k, gb in (v.memory or {}).items() if k in ("total_gb", "available_gb")}}
+        memory = [("", {**labels, "part": part.removesuffix("_gb"), "name": name}, gb and gb * GIB)
+                  for labels, v in sparks for part, parts in known(v).items()
+                  for name, gb in (parts.items() if isinstance(parts, dict) else [("", parts)])]
+        for name, kind, told, samples in (
+                ("info", "gauge", "1, with the version", [("", {"version": VERSION}, 1)]),
+                ("process_cpu_seconds_total", "counter", "CPU time of sparkctl, without ssh", [("", {}, own.ru_utime + own.ru_stime)]),
+                ("process_resident_bytes", "gauge", "memory of sparkctl itself", [("", {}, resident)]),
+                ("process_threads", "gauge", "threads of sparkctl itself", [("", {}, threading.active_count())]),
+                ("http_requests_total", "counter", "requests to the page and the API", by(of("request"), "method", "status")),
+                ("http_request_seconds", "histogram", "time to answer them, but for those that waited because they were told to", [
+                    *(("_bucket", {"le": str(most).replace("inf", "+Inf")}, sum(n for (b,), n in seconds.items() if b <= most))
+                      for most in Meter.BOUNDS),
+                    ("_sum", {}, sum(of("seconds_sum").values())), ("_count", {}, sum(seconds.values()))]),
+                ("slot_up", "gauge", "1 while a slot serves", [
+                    ("", {"slot": s["name"], "model": s["model"] or s["served_id"] or ""}, s["state"] == "serving") for s in slots]),
+                ("slot_in_flight", "gauge", "requests that are at the engine through sparkctl", of_slot(lambda s: s["in_flight"])),
+                ("slot_held", "gauge", "requests that wait for a swap", of_slot(lambda s: s["held"])),
+                ("engine_running", "gauge", "requests that the engine works on", of_slot(lambda s: s["facts"].get("running"))),
+                ("engine_waiting", "gauge", "requests that wait in the engine", of_slot(lambda s: s["facts"].get("waiting"))),
+                ("engine_kv_use", "gauge", "share of the KV cache in use", of_slot(lambda s: s["facts"].get("kv_use"))),
+                ("engine_tokens_per_s", "gauge", "tokens made a second", of_slot(lambda s: s["facts"].get("tokens_per_s"))),
+                ("swaps_total", "counter", "swaps that are over", [
+                    ("", {"outcome": end}, of("event").get(("swap_" + end,), 0)) for end in ("complete", "failed", "cancelled")]),
+                ("swap_running", "gauge", "1 while a swap runs", [("", {}, bool(self.swaps.book.running))]),
+                ("swap_phase_seconds", "summary", "time that the phases of swaps took", [
+                    ("_" + end, {"phase": phase}, n) for end in ("sum", "count") for (phase,), n in of("phase_" + end).items()]),
+                ("lock_held", "gauge", "1 while somebody holds the lock", [("", {}, lease["locked"])]),
+                ("lock_queue", "gauge", "who wait for the lock", [("", {}, lease.get("queue", 0))]),
+                ("events_total", "counter", "events", by(of("event"), "kind")),
+                ("webhook_deliveries_total", "counter", "deliveries that are over", by(self.webhooks.outcomes(), "outcome")),
+                ("spark_up", "gauge", "1 while a Spark answers", of_spark(lambda v: v.state == "ok")),
+                ("spark_memory_bytes", "gauge", "where a Spark's memory is", memory),
+                ("spark_gpu_busy_percent", "gauge", "share of time that the GPU was busy", of_spark(lambda v: v.gpu and v.gpu["busy"])),
+                ("spark_power_watts", "gauge", "power that the GPU draws", of_spark(lambda v: v.gpu and v.gpu["power_w"])),
+                ("spark_gpu_celsius", "gauge", "temperature of the GPU", of_spark(lambda v: v.gpu and v.gpu["temperature_c"])),
+                ("spark_celsius", "gauge", "the highest temperature of the Spark's other sensors", of_spark(lambda v: v.temperature_c)),
+                ("spark_load", "gauge", "load average of a minute", of_spark(lambda v: v.load)),
+                ("spark_memory_pressure_percent", "gauge", "share of 10 s in which something waited for memory",
+                 of_spark(lambda v: v.memory and v.memory["pressure"])),
+                ("spark_disk_free_bytes", "gauge", "room where the models are", of_spark(lambda v: v.disk and v.disk["free_gb"] * GIB)),
+                ("service_up", "gauge", "1 while a service is well", [
+                    ("", {"service": t["name"], "kind": t["kind"]}, t["state"] == "serving") for t in self.tiles(config)])):
+            yield "sparkctl_" + name, kind, told, samples
 
     @staticmethod
     def spark_of(config, service):
@@ -5136,7 +5148,8 @@ def get_service_logs(app, r):
         return 200, app.parking()(run), kind
     got = app.hosts.run(spark, script, 30)
     if got.kind != "ok":
-        raise Refused(504 if got.kind == "time_out" else 502, "logs_failed", f"{service.name} on {service.host}: {why_not(got)}", remedy=remedy_for(got, spark))
+        status, why = 504 if got.kind == "time_out" else 502, f"{service.name} on {service.host}: {why_not(got)}"
+        raise Refused(status, "logs_failed", why, remedy=remedy_for(got, spark))
     return 200, "".join(printable(line) + "\n" for line in got.out.splitlines()).encode(), kind
 
 

@@ -1422,8 +1422,8 @@ GB10 = f"""/proc/meminfo:MemTotal:       127600000 kB
 7, [N/A]
 @groups
 /proc/4242/cgroup:0::/system.slice/docker-{CID}.scope
-/sys/fs/cgroup/system.slice/docker-{CID}.scope/memory.stat:anon 2147483648
-/sys/fs/cgroup/system.slice/docker-{CID}.scope/memory.stat:shmem 1073741824
+system.slice/docker-{CID}.scope/memory.stat:anon 2147483648
+system.slice/docker-{CID}.scope/memory.stat:shmem 1073741824
 @docker
 {CID} vllm_node Up 5 minutes (healthy)
 {"d" * 64} asr Exited (137) 5 seconds ago
@@ -1719,13 +1719,13 @@ def test_an_engine_that_holds_requests_and_makes_no_token_is_wedged_until_it_mak
 def test_rings_are_bounded_and_a_minute_is_the_mean_of_what_is_known():
     h = sc.History()
     for second in range(0, 30 * 3600, 5):
-        h.add(1_800_000_000 + second, {("sparks", "spark1"): (100.0, None if second % 10 else 50.0, 3.0, None), ("engines", "slot-main"): (1, 0, 0.5, 10.0)})
+        h.add(1_800_000_000 + second, {("sparks", "spark1"): (100.0, None if second % 10 else 50.0, 3.0, None), ("slots", "main"): (1, 0, 0.5, 10.0)})
     now = 1_800_000_000 + 30 * 3600
     fine, coarse = h.read(now, 60), h.read(now, 1440)
     assert len(fine["sparks"]["spark1"]["at"]) == 720 and fine["sparks"]["spark1"]["gpu_busy"][-2:] == (50.0, None)
     told = coarse["sparks"]["spark1"]
     assert 1400 < len(told["at"]) <= 1440 and set(told["gpu_busy"]) == {50.0} and set(told["temperature_c"]) == {None} and told["hours"][-1]["gpu_busy"] == 50.0
-    assert coarse["engines"]["slot-main"]["tokens_per_s"][0] == 10.0 and len(h.read(now, 5)["sparks"]["spark1"]["at"]) == 60
+    assert coarse["slots"]["main"]["tokens_per_s"][0] == 10.0 and len(h.read(now, 5)["sparks"]["spark1"]["at"]) == 60
     h.add(now + 2 * 86400, {("sparks", "spark2"): (1, 2, 3, 4)})
     assert list(h.read(now + 2 * 86400, 60)["sparks"]) == ["spark2"]
 
