@@ -3891,14 +3891,15 @@ class SparkView(NamedTuple):
 def spark_view(facts, owners, old, light):
     """parse_spark's facts -> SparkView; after a light look the rest is as it was."""
     whole = lambda given: given and {k: round(v) if isinstance(v, float) else v for k, v in given.items()}
+    gb = lambda name: round(facts["memory"][name], 1) if name in facts["memory"] else None
     memory, gpu, told = facts["memory"], facts["gpu"], []
     told += [] if "MemTotal" in memory else ["memory unknown"]
     told += [f"{facts['hangs']} hangs on the Spark"] if facts["hangs"] else []
-    view = (old if light else SparkView("")) ._replace(
+    view = (old if light else SparkView(""))._replace(
         state="ok", detail="answers; " + ", ".join(told) if told else "", remedy="", seen_at=utc(), failures=1 if facts["hangs"] else 0,
         heard=time.monotonic(), gpu=whole(gpu), memory={
-            "total_gb": round(memory["MemTotal"], 1), "available_gb": round(memory.get("MemAvailable", 0.0), 1),
-            "swap_free_gb": round(memory.get("SwapFree", 0.0), 1), "pressure": facts["pressure"]} if "MemTotal" in memory else None)
+            "total_gb": gb("MemTotal"), "available_gb": gb("MemAvailable"), "swap_free_gb": gb("SwapFree"),
+            "pressure": facts["pressure"]} if "MemTotal" in memory else None)
     if light:
         return view._replace(ledger=None)       # it changes as engines go and come
     return view._replace(
@@ -4122,8 +4123,8 @@ class Monitor:
             return True
         try:
             return endpoint.request("POST", *warm_request(probe.served[0], bool(plan and plan.pooling)), WEDGE_CANARY_S)[0] >= 500
-        except (OSError, ValueError, http.client.HTTPException):
-            return True
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            return isinstance(e, TimeoutError)              # anything else is an engine that ends: the next look tells
 
     def _look_at_service(self, name):
         """One look at a service; then wait for the next. A built-in one that nobody named is asked once a minute until it answers."""
@@ -4192,7 +4193,7 @@ class Monitor:
         fields = ("available_gb", "pressure", "power_w")
         return {name: {"lost_at": utc(box.lost_at or box.samples[-1][0]),
                        "samples": [{"at": utc(at), **dict(zip(fields, row))} for at, *row in box.samples]}
-                for name, box in boxes.items() if box.lost_at or time.time() - box.samples[-1][0] > 3}
+                for name, box in boxes.items() if box.lost_at or time.time() - box.samples[-1][0] > 8}
 
     @staticmethod
     def _owners(config, spark):
