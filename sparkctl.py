@@ -22,7 +22,7 @@ Contents (each section uses only names from the sections above it; a test proves
    9  swap           the Arbiter, who says yes or no, and SwapManager's worker, who acts
   10  coordination   events, webhooks, cron, schedules of others, jobs of our own
   11  weights        what is on the Sparks' disks: list, download, copy, delete
-  12  monitor        who watches Sparks and slots
+  12  monitor        who watches Sparks, slots and services; history and metrics
   13  data path      /v1: which slot, hold while it swaps, relay bytes as they come
   14  http           routes, guards, long-poll
   15  demo           a pretended engine, run by the very same swap code
@@ -30,15 +30,15 @@ Contents (each section uses only names from the sections above it; a test proves
 
 Threads: the main thread waits for a signal; `accept` takes connections, one thread each; `swap` performs the
 running swap, alone, with a short-lived pool for Sparks asked at once; `lease` ends the lock on time; `jobs` starts
-what is due, in a thread `job` each; `webhook` delivers, one a receiver; `config` re-reads the YAML files; `spark-NAME`
-and `slot-NAME` poll, one each, so that a dead Spark delays only itself; `weights-NAME` looks after the transfer that begins
-at that Spark; `follow` reads an engine's log during a swap.
+what is due, in a thread `job` each; `webhook` delivers, one a receiver; `config` re-reads the YAML files; `spark-NAME`,
+`slot-NAME` and `service-NAME` poll, one each, so that a dead one delays only itself; `history` keeps what they saw;
+`weights-NAME` looks after the transfer that begins at that Spark; `follow` reads an engine's log during a swap.
 Locks: Arbiter._lock guards the one decision who may start what, and is held until the journal has it; Hub.changed the
 version that long-polls wait on; Gate._cond the holding and counting of requests; Events._lock, SwapLog._lock and
 Register._lock a list and its file; Webhooks._lock deliveries and queues; Jobs._lock which jobs run; Monitor._lock
-what the slots' polls last saw; ConfigStore._lock reading and editing the YAML files; Hosts._lock the resolved
-addresses; Server._idle the count of replies in flight. No lock is held
-across ssh, HTTP or sleep, and no two at once. What is published is immutable and replaced whole: readers take no lock.
+what the slots' polls last saw; History._lock and Meter._lock what was measured and counted; ConfigStore._lock reading
+and editing the YAML files; Hosts._lock the resolved addresses; Server._idle the count of replies in flight. No lock is
+held across ssh, HTTP or sleep, and no two at once. What is published is immutable and replaced whole: readers take no lock.
 Trusted: the two YAML files, the environment, the user that ssh logs in as. Not trusted: clients, web pages in
 the owner's browser, what an engine or a Spark answers.
 """
@@ -73,6 +73,7 @@ import signal
 import socket
 import ssl
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -153,6 +154,11 @@ def urls(value):
     return names(value)
 
 
+def one_url(value):
+    require(len(urls(value)) == 1, "must be one address")
+    return value
+
+
 def abs_paths(value):
     for path in names(value):
         require(path.startswith("/") and os.path.normpath(path) == path, f"{path!r} is not an absolute, normalised path")
@@ -209,7 +215,10 @@ SETTINGS = (
     Setting("WEBHOOK_EVENTS", "swap_complete,swap_failed", names, "events that are POSTed, comma-separated; * at the end of a name stands for anything: lock_*"),
     Setting("HOLD_SECONDS", "60", SECONDS, "longest time a /v1 request is held while its slot swaps"),
     Setting("MAX_BODY_MB", "32", number(1, 1024, int), "largest body of an API or /v1 request, MiB"),
-    Setting("POLL_SECONDS", "5", number(1, 3600), "time between two looks at a Spark or a slot"),
+    Setting("POLL_SECONDS", "5", number(1, 3600), "time between two looks at a Spark, a slot or a service"),
+    Setting("QDRANT_API_KEY", "", text, "key that Qdrant is asked with", True),
+    Setting("OPEN_WEBUI_URL", "", lambda value: value and one_url(value),
+            "address of Open WebUI, if it is not a service with a host and a port"),
 )
 SETTING = {s.name: s for s in SETTINGS}
 PINNED = ("command line", "environment")        # where a setting comes from that settings.yaml cannot change
@@ -617,7 +626,7 @@ def run_process(argv, timeout_s, cancel=None):
                     return Result("failed", -1, "", f"more than {OUTPUT_MAX >> 20} MiB of output")
         code = process.wait(max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return Result("time_out", -1, "", f"no end within {timeout_s:.3g} s")
+        return Result("time_out", -1, read["out"].decode("utf-8", "replace"), f"no end within {timeout_s:.3g} s")
     finally:
         end_process(process)
     return Result("failed" if code else "ok", code, *(b.decode("utf-8", "replace") for b in read.values()))
@@ -668,6 +677,26 @@ class Hosts:
             kind, line, _ = classify_ssh_failure(got.err)
             return got._replace(kind=kind, err=got.err if "mux_client" in got.err else line)
         return got
+
+    def stream(self, spark, script, send, gone):
+        """Pass on what script says, line by line and made printable, until it ends or gone() -> why it ended, "" for no reason."""
+        process, rest = spawn(self.argv(spark, script), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE), b""
+        try:
+            poll = select.poll()                # unlike select() it takes descriptors above 1023
+            poll.register(process.stdout)
+            while not gone():
+                if poll.poll(500):
+                    chunk = os.read(process.stdout.fileno(), 65536)
+                    *lines, rest = (rest + (chunk or b"\n")).split(b"\n")
+                    send(b"".join(printable(line.decode("utf-8", "replace")).encode() + b"\n" for line in lines if chunk or line))
+                    rest = rest[:1 << 16]
+                    if not chunk:
+                        code = process.wait(5)
+                        said = process.stderr.read().decode("utf-8", "replace")
+                        return classify_ssh_failure(said)[1] if code == 255 else f"exit code {code}" if code else ""
+            return ""
+        finally:
+            end_process(process)
 
     def reset(self, spark):
         """Drop the shared connection: ask its master to exit, and unlink the socket if it does not."""
@@ -1081,8 +1110,44 @@ class Service:
 
 
 Layout = collections.namedtuple("Layout", "slots backends services")        # of dicts by name
-KINDS = {"vllm": "/health", "asr": "/health", "tts": "/health", "embeddings": "/health", "qdrant": "/readyz",
-         "nim": "/v1/health/ready", "open-webui": "/health", "http": "/"}
+
+
+class Kind(NamedTuple):
+    """What is known of a kind of service."""
+    health: str                             # path of its health check
+    ask: tuple = ()                         # paths that tell what it has; the first that answers 200 counts
+    tell: Callable = lambda doc: {}         # that answer's JSON -> facts for the tile
+    real: Callable = lambda facts: ()       # real requests: (path, body, None = GET, what its JSON answer has); one that is known there
+    key: str = ""                           # the setting with its key
+    base: str = ""                          # where its OpenAI API begins
+
+
+def silent_second(facts):
+    """A form with one second of silence to transcribe: WAV, 16 kHz, 16 bit, mono."""
+    wav = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 32036, b"WAVEfmt ", 16, 1, 1, 16000, 32000, 2, 16, b"data", 32000) + bytes(32000)
+    part = '--sparkctl\r\nContent-Disposition: form-data; name="{}"\r\n\r\n'
+    head = part.format("model") + str(facts.get("model") or "whisper-1") + "\r\n" + part.format('file"; filename="silence.wav')
+    return "/v1/audio/transcriptions", head.encode() + wav + b"\r\n--sparkctl--\r\n", "text"
+
+
+MODEL = lambda doc: {"model": doc["data"][0]["id"] if "data" in doc else doc["model_id"]}
+HELLO = [{"role": "user", "content": "Hello"}]
+CHAT = lambda facts: ("/v1/chat/completions", {"model": facts.get("model"), "messages": HELLO, "max_tokens": 1}, "choices")
+EMBED = lambda facts: ("/v1/embeddings", {"model": facts.get("model"), "input": "Hello"}, "data")
+VOICES = lambda doc: {"voices": [v["id"] if isinstance(v, dict) else v for v in expect("list", doc["voices"])]}
+SPEAK = lambda facts: ("/v1/audio/speech", {"model": "kokoro", "input": "Hello", "voice": (facts.get("voices") or ["af_heart"])[0],
+                                            "response_format": "wav"}, "")
+# Sources: vLLM's own routes; docs.nvidia.com/nim; text-embeddings-inference (/info); Qdrant's openapi.json; Kokoro-FastAPI's
+# routers, where voices are names in older versions and {id, name} in newer ones.
+KINDS = {
+    "vllm": Kind("/health", real=lambda facts: (CHAT(facts), EMBED(facts)), key="VLLM_API_KEY", base="/v1"),
+    "asr": Kind("/health", ("/v1/models",), MODEL, lambda facts: (silent_second(facts),), base="/v1"),
+    "tts": Kind("/health", ("/v1/audio/voices",), VOICES, lambda facts: (SPEAK(facts),), base="/v1"),
+    "embeddings": Kind("/health", ("/info", "/v1/models"), MODEL, lambda facts: (EMBED(facts),), base="/v1"),
+    "qdrant": Kind("/readyz", ("/collections",), lambda doc: {"collections": [c["name"] for c in doc["result"]["collections"]]},
+                   lambda facts: (("/collections", None, "result"),), "QDRANT_API_KEY"),
+    "nim": Kind("/v1/health/ready", ("/v1/models",), MODEL, lambda facts: (CHAT(facts),), base="/v1"),
+    "open-webui": Kind("/health", ("/api/version",), lambda doc: {"version": doc["version"]}), "http": Kind("/")}
 BUILTINS = (("parakeet", "asr", 8001), ("kokoro", "tts", 8880), ("embeddings", "embeddings", 8010),
             ("qdrant", "qdrant", 6333), ("nim", "nim", 9000), ("open-webui", "open-webui", 3000))
 
@@ -1137,9 +1202,9 @@ def parse_service(name, entry, base, sparks):
     require(isinstance(kind, str) and kind in KINDS, f"kind: must be one of {', '.join(KINDS)}")
     require(not expect("text", host) or host in sparks, f"host: {host} is not configured (known: {', '.join(sparks) or 'none'})")
     require(isinstance(port, int) and 0 <= port <= 65535, "port: must be a whole number up to 65535")
-    health, url, container = (expect("text", v or "") for v in (health or base.health or KINDS[kind], url, container))
+    health, url, container = (expect("text", v or "") for v in (health or base.health or KINDS[kind].health, url or base.url, container))
     require(health.startswith("/"), "health: must start with /")
-    require(not url or re.match(r"https?://", url), "url: must start with http:// or https://")
+    require(not url or re.match(r"https?://", url) and one_url(url), "url: must start with http:// or https://")
     require(url or host and port, "needs host and port, or url")
     return Service(name, kind, host, port, printable(str(label or base.label or name), 200), container and container_name(container),
                    health, url, user_name(str(user or "")), True)
@@ -1165,7 +1230,9 @@ def parse_layout(doc, sparks, settings, file="services-overrides.yaml"):
     if not doc.get("slots") and sparks:
         slots["main"] = Slot("main", tuple(sparks), settings["VLLM_PORT"], settings["VLLM_CONTAINER"], "launch-cluster")
     last = list(sparks)[-1] if sparks else ""
-    builtin = {n: Service(n, kind, last, port, n.title(), health=KINDS[kind]) for n, kind, port in BUILTINS}
+    builtin = {n: Service(n, kind, last, port, n.title(), health=KINDS[kind].health) for n, kind, port in BUILTINS}
+    if url := settings["OPEN_WEBUI_URL"]:
+        builtin["open-webui"] = dataclasses.replace(builtin["open-webui"], host="", port=0, url=url, configured=True)
     services.update(builtin)
     read("services", others, lambda key, entry: parse_service(key, entry, builtin.get(key), sparks), services)
     return Layout(slots, backends, services), problems
@@ -1512,6 +1579,19 @@ done
 """
 
 
+def logs_script(container, tail, follow):
+    """The last lines of a container's log, 4 MB at most, and with follow those that come, for an hour. Exit 1: there is none."""
+    # a byte a second on stderr tells the script, by SIGPIPE, that nobody reads it any more
+    c, ask = quote_arg(container), f"docker logs --tail {int(tail)}"
+    there = f"docker inspect {c} >/dev/null || exit 1\n"
+    return there + (f"""timeout 3600 {ask} -f {c} 2>&1 &
+p=$!
+bye() {{ kill "$p" 2>/dev/null; exit 0; }}
+trap bye PIPE HUP TERM INT
+while kill -0 "$p" 2>/dev/null; do echo >&2 || bye; sleep 1; done
+""" if follow else f"{ask} {c} 2>&1 | tail -c 4000000\n")
+
+
 def retire_script(container):
     """Ask the engine in the container to end, and end the container once it has."""
     # The container's first process is `sleep`, which ignores SIGTERM: `docker stop` would wait out its 10 s. Killing
@@ -1659,17 +1739,22 @@ class Endpoint(NamedTuple):
     host: str
     port: int
     key: str = ""
+    tls: bool = False
 
     @property
     def url(self):
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+        return f"http{'s' if self.tls else ''}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     def request(self, method, path, body=None, timeout_s=2.0, cancel=None):
         """(status, 4 MiB at most) of one request, within timeout_s however it drips. Raises OSError, HTTPException or Cancelled."""
-        deadline, data, body = time.monotonic() + timeout_s, bytearray(), b"" if body is None else to_json(body)
-        lines = [f"{method} {path} HTTP/1.1", f"Host: {self.url[7:]}", "Connection: close", "Content-Type: application/json",
+        form = isinstance(body, bytes)
+        deadline, data, body = time.monotonic() + timeout_s, bytearray(), body if form else b"" if body is None else to_json(body)
+        lines = [f"{method} {path} HTTP/1.1", f"Host: {self.url.partition('//')[2]}", "Connection: close",
+                 f"Content-Type: {'multipart/form-data; boundary=sparkctl' if form else 'application/json'}",
                  f"Content-Length: {len(body)}", *([f"Authorization: Bearer {self.key}"] if self.key else [])]
-        with socket.create_connection((self.host, self.port), min(timeout_s, 5)) as s:
+        with contextlib.ExitStack() as stack:
+            s = stack.enter_context(socket.create_connection((self.host, self.port), min(timeout_s, 5)))
+            s = stack.enter_context(ssl.create_default_context().wrap_socket(s, server_hostname=self.host)) if self.tls else s
             s.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + body)
             while len(data) < 4 << 20:
                 s.settimeout(max(0.001, min(0.1, deadline - time.monotonic())))
@@ -1716,6 +1801,95 @@ def probe_vllm_endpoint(endpoint, timeout_s=2.0):
         return Probe("silent", detail=told.get(type(e), "no answer"))
     except (ValueError, KeyError, TypeError, RecursionError):
         return Probe("foreign", detail="what answers is not a vLLM")
+
+
+def service_place(service, hosts, settings):
+    """(Endpoint, path before its own) at which a service answers."""
+    key = settings[KINDS[service.kind].key] if KINDS[service.kind].key else ""
+    if service.host and service.port:
+        return Endpoint(hosts.address(service.host), service.port, key), ""
+    place = urllib.parse.urlsplit(service.url)
+    tls = place.scheme == "https"
+    return Endpoint(place.hostname, place.port or (443 if tls else 80), key, tls), place.path.rstrip("/")
+
+
+def why_silent(e):
+    """(state of a service, why) of what was raised when it was asked."""
+    if getattr(e, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return "unknown", "sparkctl itself ran out of file descriptors or memory"
+    told = {ConnectionRefusedError: ("down", "connection refused"), TimeoutError: ("unreachable", "no answer in time"),
+            ConnectionResetError: ("down", "hangs up"), http.client.RemoteDisconnected: ("down", "hangs up")}
+    return told.get(type(e), ("unreachable", "no answer") if isinstance(e, OSError) else ("unknown", "what answers is not HTTP"))
+
+
+def probe_service(service, endpoint, path="", timeout_s=3.0):
+    """Ask a service for its health and what it has -> (state, detail, facts). Never raises.
+
+    States: serving, loading, down (nothing listens, or its engine is dead), unreachable, unknown (an answer that says neither).
+    """
+    if service.kind == "vllm":
+        probe = probe_vllm_endpoint(endpoint)
+        silent = "down" if probe.detail == "connection refused" else "unreachable"
+        state = {"serving": "serving", "loading": "down", "silent": silent}.get(probe.state, "unknown")
+        return state, "" if probe.served else probe.detail, {"model": probe.served[0], "names": [*probe.served]} if probe.served else {}
+    kind, facts, state = KINDS[service.kind], {}, None
+    clean = lambda value: [clean(item) for item in value[:200]] if isinstance(value, list) else printable(str(value), 200)
+    try:
+        status, _ = endpoint.request("GET", path + service.health, timeout_s=timeout_s)
+        state, detail = {200: "serving", 503: "loading"}.get(status, "unknown"), "" if status == 200 else f"{service.health} says {status}"
+        for ask in kind.ask:
+            status, body = endpoint.request("GET", path + ask, timeout_s=timeout_s)
+            # JSON of another shape tells nothing
+            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+                facts = facts or {k: clean(v) for k, v in kind.tell(json.loads(body)).items()} if status == 200 else facts
+            detail = f"{ask} says {status}: set {kind.key}" if status in (401, 403) and kind.key else detail
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        state, detail = (state, detail or f"{ask}: {why_silent(e)[1]}") if state else why_silent(e)
+    return state, detail, facts
+
+
+def ask_for_work(service, endpoint, path, facts, timeout_s):
+    """One real request to a service -> how it answered. Raises Refused 502, and what Endpoint.request raises."""
+    for ask, body, has in KINDS[service.kind].real(facts) or ((service.health, None, ""),):
+        status, said = endpoint.request("GET" if body is None else "POST", path + ask, body, timeout_s)
+        if status not in (404, 405):
+            break
+    if status != 200 or has and has not in json.loads(said) or body is not None and not said:
+        raise Refused(502, "unhealthy", f"{ask} says {status}" + ("" if status != 200 else " and not what it should"))
+    return f"{ask} answered"
+
+
+class Vitals(NamedTuple):
+    """What a vLLM's /metrics last told, and what follows from the time before."""
+    at: float                   # monotonic
+    told: dict                  # running, waiting, kv_use, prompt_tokens, generation_tokens
+    facts: dict                 # for people: running, waiting, kv_use, tokens_per_s, prompt_tokens_per_s
+    frozen: int = 0             # looks in a row with requests running and no token counted
+
+
+# vllm/v1/metrics/loggers.py; summed over engines, but for how full the fullest cache is
+VLLM_METRICS = {"vllm:num_requests_running": "running", "vllm:num_requests_waiting": "waiting", "vllm:kv_cache_usage_perc": "kv_use",
+                "vllm:prompt_tokens_total": "prompt_tokens", "vllm:generation_tokens_total": "generation_tokens"}
+
+
+def parse_vllm_metrics(text_):
+    """What /metrics says of the names in VLLM_METRICS -> {ours: number}."""
+    found = collections.defaultdict(list)
+    for name, value in re.findall(r"^(vllm:\w{1,60})(?:\{.*\})? (\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d\d?)?)$", text_, re.M | re.A):
+        found[VLLM_METRICS.get(name)].append(float(value))
+    return {name: (max if name == "kv_use" else sum)(values) for name, values in found.items() if name}
+
+
+def vitals_after(old, told, now):
+    """The Vitals at now, monotonic. A counter that is lower than before began again at zero."""
+    facts = {name: told[name] for name in ("running", "waiting", "kv_use") if name in told}
+    for name in ("prompt_tokens", "generation_tokens") if old and now > old.at else ():
+        if name in told and name in old.told:
+            grown = told[name] - (old.told[name] if told[name] >= old.told[name] else 0)
+            facts[name.removeprefix("generation_") + "_per_s"] = round(grown / (now - old.at), 1)
+    tokens = lambda of: [of.get(name) for name in ("prompt_tokens", "generation_tokens")]
+    still = old and told.get("running") and "generation_tokens" in told and tokens(told) == tokens(old.told)
+    return Vitals(now, told, facts, old.frozen + 1 if still else 0)
 
 
 def warm_request(model, pooling):
@@ -1889,6 +2063,7 @@ class Swap:
     client: str = ""
     fence: int = 0                  # of the lease that it was started under
     automatic: bool = False         # nobody asked for it just now: a job did
+    blackbox: dict | None = None    # of a swap that ended badly: Spark that stopped answering -> its last samples
     seq: int = 0                    # grows with every change; what long-polls wait on
     # for the journal only
     plan: Plan | None = None
@@ -1905,7 +2080,7 @@ class Swap:
 
     def public(self):
         """The shape of the API."""
-        own = ("plan", "previous", "since", "touched", "cancelling", "ending", "fraction", "text", "phase_began")
+        own = ("plan", "previous", "since", "touched", "cancelling", "ending", "fraction", "text", "phase_began", "blackbox")
         got = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
         got["phases"] = [{"phase": p, "started_at": at, "seconds": s} for p, at, s in self.phases]
         got["progress"] = {"fraction": round(self.fraction, 4), "text": self.text}
@@ -3172,9 +3347,10 @@ class SwapManager(Arbiter):
 
     KEEP, KEEP_DRY = 50, 10                                 # terminal swaps, each with its log; dry runs, in memory only
 
-    def __init__(self, data_dir, config, hosts, hub, gate, events, warn, observe=lambda slot, probe: None):
+    def __init__(self, data_dir, config, hosts, hub, gate, events, warn, observe=lambda slot, probe: None, black_box=lambda swap_id: None):
         self.dir = os.path.join(data_dir, "swaps")
         self._config, self.hosts, self.gate, self._observe = config, hosts, gate, observe       # config: () -> Config
+        self._black_box = black_box                         # asked when a swap ends badly
         self.recent = ()                                   # replaced under _lock; terminal swaps, newest first
         self._logs = {}                                     # guarded by _lock; id -> SwapLog
         self._verdicts = {}                                 # guarded by _lock; (image id, argv) -> what vLLM's parser said
@@ -3468,7 +3644,7 @@ class SwapManager(Arbiter):
                     return
                 if (now := self.book.running) is None or now.id != run.id:
                     return                      # it was over when this happened
-                self._update(save=True, ending=ending)
+                self._update(save=True, ending=ending, blackbox=self._black_box(s.id) or None)
         finally:
             run.close()
 
@@ -3595,6 +3771,7 @@ class Webhooks:
         self._lock = threading.Lock()
         self._deliveries = collections.deque(maxlen=self.KEEP)      # guarded by _lock; newest first
         self._queues = {}                                   # guarded by _lock; URL -> Queue of its thread
+        self._outcomes = collections.Counter()              # guarded by _lock; (outcome,) -> deliveries since the start
 
     def wants(self, kind):
         wanted = any(fnmatch.fnmatchcase(kind, name) for name in self._settings()["WEBHOOK_EVENTS"])
@@ -3620,11 +3797,16 @@ class Webhooks:
                 self._queues[url].put_nowait((row, body))
             except queue.Full:
                 row.update(outcome="dropped", detail=f"{self.QUEUE} deliveries were waiting already")
+                self._outcomes["dropped",] += 1
         return row["id"]
 
     def deliveries(self):
         with self._lock:
             return [dict(row) for row in self._deliveries]
+
+    def outcomes(self):
+        with self._lock:
+            return dict(self._outcomes)
 
     def _work(self, url, waiting):
         while True:
@@ -3640,6 +3822,7 @@ class Webhooks:
                 outcome = {"outcome": "failed", "detail": f"no answer within {self.LIMIT_S:g} s" if late else printable(str(what), 200)}
             with self._lock:
                 row.update(outcome, seconds=round(time.monotonic() - began, 3))
+                self._outcomes[outcome["outcome"],] += 1
             if outcome["outcome"] != "delivered":
                 log(f"webhook {row['event']} to {row['to']}: {outcome['outcome']} {outcome.get('status') or ''} {outcome['detail']}")
             self._hub.bump()
@@ -4448,7 +4631,116 @@ class Transfers:
 
 
 # === 12 monitor ===============================================================
-# Who looks at Sparks and slots while no swap does, one thread each; what they saw last is all that others read.
+# Who looks at Sparks, slots and services, one thread each; what they saw last is all that others read. First
+# what a Spark is asked and how its answer is read: pure, and total, since a Spark may answer anything.
+
+SMI = "t nvidia-smi --query-{}={} --format=csv,noheader,nounits"
+LIGHT_FILES = "/proc/meminfo /proc/pressure/memory"
+SPARK_FILES = LIGHT_FILES + (" /proc/loadavg /proc/uptime /sys/class/thermal/thermal_zone*/temp /sys/class/net/*/operstate"
+                             " /sys/class/net/*/speed /sys/class/infiniband/*/ports/1/state")
+GPU_CELLS = ("utilization.gpu", "power.draw", "temperature.gpu", "clocks.current.sm", "driver_version")
+
+
+def spark_script(light=False):
+    """One look at a Spark, without root: files as `path:line`, then after `@part` what a program said, `@end` at last.
+
+    Any part may be missing, and a program that hangs is ended. light: memory, pressure and GPU only. It runs every few
+    seconds, hence two greps instead of a cat for each file.
+    """
+    script = f"""t() {{ timeout -k 1 3 "$@" 2>/dev/null </dev/null; }}
+grep -Hs '' {LIGHT_FILES if light else SPARK_FILES}
+echo @gpu; {SMI.format("gpu", ",".join(GPU_CELLS))}
+"""
+    # a process's container stands in its cgroup's name; anon and shmem are a container's own memory, without page cache
+    return script + ("" if light else f"""a=$({SMI.format("compute-apps", "pid,used_memory")}) && echo @apps && printf '%s\\n' "$a"
+f=
+while IFS=' ,' read -r p m; do case $p in ''|*[!0-9]*) ;; *) f="$f /proc/$p/cgroup" ;; esac; done <<E
+$a
+E
+c=/sys/fs/cgroup
+echo @groups; grep -HsE 'docker|^(anon|shmem) ' $f $c/system.slice/docker-*.scope/memory.stat $c/docker/*/memory.stat
+echo @docker; t docker ps -a --no-trunc --format '{{{{.ID}}}} {{{{.Names}}}} {{{{.Status}}}}' && echo ok
+echo @df; t df -Pk "${{HF_HOME:-$HOME/.cache/huggingface}}" "$HOME" /
+""") + "echo @end\nexit 0\n"
+
+
+def figure(cell):
+    """The number in a cell, or None: on GB10 nvidia-smi says [N/A] or Not Supported in many."""
+    m = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*", cell, re.ASCII)
+    return float(m[1]) if m else None
+
+
+def parse_meminfo(lines):
+    """Lines of /proc/meminfo -> {name: GiB}."""
+    return {m[1]: int(m[2]) / (1 << 20) for line in lines if (m := re.fullmatch(r"(\w+):\s+(\d{1,15}) kB", line, re.ASCII))}
+
+
+def parse_apps(lines):
+    """`pid, MiB` lines of nvidia-smi -> {pid: GiB, None where it does not tell}. On GB10 this works, unlike the GPU's own memory."""
+    found = filter(None, (re.fullmatch(r"(\d{1,10}),([^,]*)", line.strip(), re.ASCII) for line in lines))
+    return {int(m[1]): None if (mib := figure(m[2])) is None else mib / 1024 for m in found}
+
+
+def parse_spark(out):
+    """spark_script's output -> what the Spark told; None, or nothing, for what it did not. `hangs`: the part it came no further than."""
+    part, parts, files = "files", collections.defaultdict(list), collections.defaultdict(list)
+    for line in out.splitlines()[:20_000]:
+        part = line[1:20] if line.startswith("@") else part
+        parts[part] += [] if line.startswith("@") else [line]
+    for line in parts["files"] + parts["groups"]:
+        path, _, said = line.partition(":")
+        files[path].append(said)
+    named = lambda pattern: [(m[1], said) for path, said in files.items() if (m := re.search(pattern + "$", path, re.ASCII))]
+    words = lambda pattern: [figure(word) for _, said in named(f"({pattern})") for word in said[0].split()] or [None]
+    gpu = (parts["gpu"] or [""])[0].split(",")
+    cells = [*map(figure, gpu), *[None] * 4]
+    pressure = re.search(r"some avg10=(\d{1,3}\.\d\d)", " ".join(said[0] for _, said in named("(/pressure/memory)")))
+    container = r"docker[-/]([0-9a-f]{64})"
+    rows = [line.split(" ", 2) for line in parts["docker"]]
+    heat = [t / 1000 for _, said in named("/thermal_zone(.*)/temp") if (t := figure(said[0])) is not None]
+    df = [*map(figure, " ".join(parts["df"][1:2]).split()), *[None] * 4]
+    speeds = dict(named("/net/([^/]*)/speed"))
+    return {
+        "memory": parse_meminfo(line for _, said in named("(/meminfo)") for line in said),
+        "pressure": float(pressure[1]) if pressure else None,
+        "gpu": {**dict(zip(("busy", "power_w", "temperature_c", "clock_mhz"), cells)),
+                "driver": printable(gpu[4].strip(), 40)} if len(gpu) == 5 else None,
+        "apps": parse_apps(parts["apps"]) if "apps" in parts else None,
+        "container_of": {int(pid): m[1] for pid, said in named(r"/(\d{1,10})/cgroup") if (m := re.search(container, " ".join(said)))},
+        "container_gb": {name: sum(figure(line.split(" ")[-1]) or 0 for line in said) / GIB
+                         for name, said in named(container + r"[^/]*/memory\.stat")},
+        "containers": {row[0]: (row[1], printable(row[2], 200)) for row in rows if len(row) == 3} if ["ok"] in rows else None,
+        "load": words("/loadavg")[0], "uptime_s": words("/uptime")[0], "temperature_c": max(heat, default=None),
+        "disk": {"total_gb": round(df[1] / (1 << 20)), "free_gb": round(df[3] / (1 << 20), 1)} if df[1] and df[3] else None,
+        "links": [{"name": name, "state": printable(said[0], 20), "mbit": figure(speeds.get(name, [""])[0])}
+                  for name, said in sorted(named(r"/net/(e[\w.-]{1,15})/operstate"))[:32]],
+        "fabric": sum("ACTIVE" in said[0] for _, said in named(r"(/ports/1/state)")), "hangs": None if part == "end" else part}
+
+
+def ledger(facts, owners):
+    """Where a Spark's memory is, GiB; its parts add up to the total, what nothing explains being `unknown`. None if it does not tell.
+
+    owners: {container: ("engines" or "services", name)}. A container's memory is its own, anonymous and shared, and what
+    its processes hold on the GPU; None where the GPU does not tell. Page cache is given back when needed.
+    """
+    memory, apps = facts["memory"], facts["apps"]
+    if not {"MemTotal", "MemAvailable", "MemFree"} <= memory.keys():
+        return None
+    cache = sum(memory.get(name, 0) for name in ("Buffers", "Cached", "SReclaimable")) - memory.get("Shmem", 0)
+    use, dark = collections.Counter(facts["container_gb"]), set()
+    for pid, gb in (apps or {}).items():
+        use[facts["container_of"].get(pid, "")] += gb or 0
+        dark |= {facts["container_of"].get(pid, "")} if gb is None else set()
+    parts, known = {"engines": {}, "services": {}, "others": {}}, facts["containers"] or {}
+    for container, gb in use.items():
+        name = known.get(container, (container[:12] or "processes on the GPU",))[0]
+        kind, name = owners.get(name, ("others", name))
+        parts[kind][name] = None if container in dark or apps is None and kind == "engines" else round(gb, 2)
+    told = sum(gb for part in parts.values() for gb in part.values() if gb)
+    rest = memory["MemTotal"] - memory["MemFree"] - cache - told
+    sums = {"total": memory["MemTotal"], "available": memory["MemAvailable"], "free": memory["MemFree"], "page_cache": cache,
+            "unknown": max(0.0, rest)}
+    return {**{name + "_gb": round(gb, 2) for name, gb in sums.items()}, **parts}
 
 
 class SlotView(NamedTuple):
@@ -4457,13 +4749,162 @@ class SlotView(NamedTuple):
     since: str                  # when it was first seen so
 
 
+class ServiceView(NamedTuple):
+    """What a service was last seen to do."""
+    state: str                  # serving, loading, down, unreachable, unknown
+    detail: str = ""
+    facts: dict = {}            # what its kind tells: model, voices, collections, ...
+    since: str | None = None    # when it was first seen in this state
+    seen_at: str | None = None  # when it last answered
+    failures: int = 0
+
+
 class SparkView(NamedTuple):
-    state: str                  # ok, unreachable, unknown
+    """What a Spark last told."""
+    state: str                  # ok, stale (not heard of for too long), unreachable, unknown
     detail: str = ""
     remedy: str = ""
     seen_at: str | None = None
-    memory: dict | None = None  # total_gb, available_gb
+    memory: dict | None = None  # total_gb, available_gb, swap_free_gb, pressure: % of the last 10 s that work stood still for memory
     failures: int = 0           # looks in a row that failed
+    gpu: dict | None = None     # busy (%), power_w, temperature_c, clock_mhz, driver
+    temperature_c: float | None = None
+    load: float | None = None
+    disk: dict | None = None
+    links: list = []
+    fabric: int = 0             # ConnectX ports that are active
+    uptime_s: float | None = None
+    containers: dict = {}       # name -> docker's words on its state
+    ledger: dict | None = None
+    heard: float = 0.0          # monotonic time of the last answer
+
+    def public(self):
+        return {k: v for k, v in self._asdict().items() if k != "heard"}
+
+    def noticed(self):
+        """What of it a person would notice changing: not that time goes by."""
+        words = tuple(re.sub(r"(Up|ago|\)) .*?(?=\(|$)", r"\1 ", said) for said in self.containers.values())
+        return self._replace(seen_at=None, load=None, uptime_s=None, heard=0.0, containers=(*self.containers, *words),
+                             ledger=None, gpu=self.gpu and {**self.gpu, "clock_mhz": None})
+
+
+def spark_view(facts, owners, old, light):
+    """parse_spark's facts -> SparkView; after a light look the rest is as it was."""
+    whole = lambda given: given and {k: round(v) if isinstance(v, float) else v for k, v in given.items()}
+    gb = lambda name: round(facts["memory"][name], 1) if name in facts["memory"] else None
+    memory, gpu, told = facts["memory"], facts["gpu"], []
+    told += [] if "MemTotal" in memory else ["memory unknown"]
+    told += [f"{facts['hangs']} hangs on the Spark"] if facts["hangs"] else []
+    view = (old if light else SparkView(""))._replace(
+        state="ok", detail="answers; " + ", ".join(told) if told else "", remedy="", seen_at=utc(), failures=1 if facts["hangs"] else 0,
+        heard=time.monotonic(), gpu=whole(gpu), memory={
+            "total_gb": gb("MemTotal"), "available_gb": gb("MemAvailable"), "swap_free_gb": gb("SwapFree"),
+            "pressure": facts["pressure"]} if "MemTotal" in memory else None)
+    if light:
+        return view._replace(ledger=None)       # it changes as engines go and come
+    return view._replace(
+        temperature_c=facts["temperature_c"] and round(facts["temperature_c"]), ledger=ledger(facts, owners),
+        containers=dict((facts["containers"] or {}).values()), **{k: facts[k] for k in ("load", "disk", "links", "fabric", "uptime_s")})
+
+
+class History:
+    """What was measured, in rings: an hour at most as it was looked at, a day by the minute. Lost with the process."""
+
+    ENGINE = ("running", "waiting", "kv_use", "tokens_per_s")
+    FIELDS = {"sparks": ("available_gb", "gpu_busy", "power_w", "temperature_c"), "slots": ENGINE, "services": ENGINE}
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._rings = {}                        # guarded by _lock; (what, name) -> (looks, minutes, looks of the running minute)
+
+    def add(self, now, rows):
+        """rows: {(what, name): values of FIELDS[what], None where unknown}, at now, Unix time."""
+        with self._lock:
+            for key, values in rows.items():
+                looks, minutes, minute = self._rings.setdefault(key, (collections.deque(maxlen=720), collections.deque(maxlen=1440), []))
+                if minute and (minute[0][0] // 60 != now // 60 or len(minute) > 120):
+                    known = [[v for v in column if v is not None] for column in list(zip(*minute))[1:]]
+                    minutes.append((minute[0][0] // 60 * 60, *(round(statistics.fmean(v), 3) if v else None for v in known)))
+                    minute.clear()
+                looks.append((now, *values))
+                minute.append(looks[-1])
+            for key in [k for k, ring in self._rings.items() if k not in rows and now - ring[0][-1][0] > 86400]:
+                del self._rings[key]            # renamed, or gone from the file
+
+    def read(self, now, minutes):
+        """{what: {name: {"at": […], field: […], of a Spark also "hours"}}}, by the minute where the looks do not reach back so far."""
+        with self._lock:
+            rings = {key: (list(ring[0]), list(ring[1])) for key, ring in self._rings.items()}
+        told = {what: {} for what in self.FIELDS}
+        for (what, name), (looks, by_minute) in rings.items():
+            since = now - 60 * minutes
+            fine = minutes <= 60 and (len(looks) < 720 or looks[0][0] <= since)
+            columns = list(zip(*((utc(row[0]), *row[1:]) for row in (looks if fine else by_minute) if row[0] >= since)))
+            told[what][name] = dict(zip(("at", *self.FIELDS[what]), columns or [()] * 5))
+            if what == "sparks":
+                hours = itertools.groupby((row for row in by_minute if row[2] is not None), lambda row: row[0] // 3600 * 3600)
+                told[what][name]["hours"] = [{"at": utc(at), "gpu_busy": round(statistics.fmean(row[2] for row in rows), 1)}
+                                             for at, rows in hours]
+        return told
+
+
+class Box(NamedTuple):
+    """What a Spark told during a swap, second by second."""
+    swap: str
+    samples: tuple = ()         # (Unix time, available GiB, pressure %, power W), the last 60
+    lost_at: float | None = None    # since when it does not answer; from then on nothing is added
+
+
+class Meter:
+    """What is counted for /metrics since the start."""
+
+    BOUNDS = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, math.inf)
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._counts = collections.Counter()    # guarded by _lock; (what, which, …) -> number
+
+    def add(self, *rows):
+        """rows: (number, what, which, …)"""
+        with self._lock:
+            for number_, *key in rows:
+                self._counts[tuple(key)] += number_
+
+    def listen(self, event, payload):
+        """A listener of Events: swaps come with their phases."""
+        phases = (payload or {}).get("phases", ())
+        self.add((1, "event", event["kind"]), *((row["seconds"] or 0, "phase_sum", row["phase"]) for row in phases),
+                 *((1, "phase_count", row["phase"]) for row in phases))
+
+    def request(self, method, status, seconds):
+        """seconds None: it waited because it was told to."""
+        timed = () if seconds is None else ((seconds, "seconds_sum"), (1, "seconds", next(b for b in self.BOUNDS if seconds <= b)))
+        self.add((1, "request", method, status), *timed)
+
+    def of(self, what):
+        """{key after what: number}"""
+        with self._lock:
+            return {key[1:]: n for key, n in self._counts.items() if key[0] == what}
+
+
+def prometheus(families):
+    """Text format 0.0.4 of (name, type, help, [(suffix, {label: value}, number or None)]); None: not known, so not told."""
+    escape = lambda value: str(value).replace("\\", r"\\").replace("\n", r"\n").replace('"', r'\"')
+    lines = []
+    for name, kind, told, samples in families:
+        lines += [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
+        for suffix, labels, value in (row for row in samples if row[2] is not None):
+            inner = ",".join(f'{k}="{escape(v)}"' for k, v in labels.items())
+            lines.append(f"{name}{suffix}{f'{{{inner}}}' if inner else ''} {float(value)!r}".replace(" inf", " +Inf"))
+    return ("\n".join(lines) + "\n").encode("utf-8", "replace")
+
+
+WEDGE_LOOKS, WEDGE_W, WEDGE_CANARY_S = 3, 30.0, 20.0    # looks without a token; a Spark that works takes more; what one token may take
+
+
+def pause_after(poll, failures):
+    """Seconds to the next look at what failed so often in a row; the jitter keeps several from asking together."""
+    return min(60, poll * 2 ** min(failures, 9)) * (0.8 + 0.4 * secrets.randbelow(100) / 100) if failures else poll
 
 
 class Monitor:
@@ -4475,29 +4916,55 @@ class Monitor:
         self._lock = threading.Lock()
         self._slots = {}                        # guarded by _lock; name -> SlotView
         self._sparks = {}                       # name -> SparkView, replaced whole by the one thread of that Spark
-        self._watched = set()                   # slots that have a thread; of start(), then of the thread `config`
+        self._services = {}                     # name -> ServiceView, replaced whole by the one thread of that service
+        self._vitals = {}                       # slot-NAME or service-NAME -> Vitals, likewise
+        self._boxes = {}                        # Spark -> Box of its last swap, replaced whole by the one thread of that Spark
+        self.history = History()
+        self._noticed = None                    # what the last bump told; of the thread `history` alone
+        self._watched = set()                   # names of threads; of start(), then of the thread `config`
         self._closing = threading.Event()
 
     def start(self):
         for name in self._store.sparks:
             forever("spark-" + name, self._closing, functools.partial(self._look_at_spark, name)).start()
-        self._watch_slots()
+        self._watch()
         forever("config", self._closing, self._look_at_config).start()
+        forever("history", self._closing, self._tick).start()
 
     def close(self):
         self._closing.set()
 
-    def _watch_slots(self):
-        for name in self._store.current.layout.slots.keys() - self._watched:
-            self._watched.add(name)
-            forever("slot-" + name, self._closing, functools.partial(self._look_at_slot, name)).start()
+    def _watch(self):
+        """A thread for every slot and service that has none yet."""
+        layout = self._store.current.layout
+        for what, names_, look in (("slot-", layout.slots, self._look_at_slot), ("service-", layout.services, self._look_at_service)):
+            for name in names_:
+                if what + name not in self._watched:
+                    self._watched.add(what + name)
+                    forever(what + name, self._closing, functools.partial(look, name)).start()
 
     def slot(self, name):
         with self._lock:
             return self._slots.get(name, SlotView(Probe("unknown"), utc()))
 
     def spark(self, name):
-        return self._sparks.get(name, SparkView("unknown"))
+        view, late = self._sparks.get(name, SparkView("unknown")), 2 * self._store.current.settings["POLL_SECONDS"] + 5
+        if view.state == "ok" and time.monotonic() - view.heard > late:
+            return view._replace(state="stale", detail=f"has not answered since {view.seen_at}; what is shown is from then")
+        return view
+
+    def service(self, name):
+        return self._services.get(name, ServiceView("unknown", "was not asked yet"))
+
+    def facts(self, key):
+        """What a vLLM told of its work; key: slot-NAME or service-NAME."""
+        vitals = self._vitals.get(key)
+        return vitals.facts if vitals else {}
+
+    def services(self, config):
+        """The services that have a tile: configured, or built in and once seen answering; none that is disabled."""
+        hidden = config.settings["DISABLED_SERVICES"]
+        return {s.name: s for s in config.layout.services.values() if (s.configured or s.name in self._services) and s.name not in hidden}
 
     def observe(self, name, probe, foreign=False):
         """Record what a slot answered; foreign: seen by a poll, so that a change is none of our swaps' doing."""
@@ -4506,7 +4973,11 @@ class Monitor:
             if old and (old.probe.state, old.probe.served) == (probe.state, probe.served):
                 return
             self._slots[name] = SlotView(probe, utc())
-        if foreign and old and old.probe.state == "serving":
+        if old and old.probe.served == probe.served and {old.probe.state, probe.state} == {"serving", "wedged"}:
+            wedged = probe.state == "wedged"
+            said = f"is wedged: {probe.detail}" if wedged else "is not wedged any more"
+            self._events.add("engine_wedged" if wedged else "engine_recovered", f"{name} ({probe.served[0]}) {said}", slot=name)
+        elif foreign and old and old.probe.state in ("serving", "wedged"):
             now = probe.served[0] if probe.served else "nothing"
             self._events.add("model_changed" if probe.served else "model_lost",
                              f"{name} served {old.probe.served[0]} and now {now}, without a swap", slot=name, model=now)
@@ -4520,37 +4991,142 @@ class Monitor:
             with self._lock:
                 self._slots.pop(name, None)
         elif before[0] is None:
-            probe = probe_vllm_endpoint(endpoint_of(slot, self._hosts, config.settings))
+            endpoint = endpoint_of(slot, self._hosts, config.settings)
+            probe = probe_vllm_endpoint(endpoint)
+            self._ask_vitals("slot-" + name, endpoint, probe.state == "serving")
+            if probe.state == "serving" and self._is_wedged(slot, endpoint, probe):
+                probe = Probe("wedged", probe.served, "requests run, no token comes, and one that was asked for did not come; "
+                              "swap with restart: true starts it again")
             if self.manager.mark(name) == before:           # no swap began or ended meanwhile
                 self.observe(name, probe, foreign=True)
+        else:
+            self._vitals.pop("slot-" + name, None)
         self._closing.wait(config.settings["POLL_SECONDS"])
 
-    def _look_at_spark(self, name):
-        """One look at a Spark; then wait for the next. A dead one is asked less and less often."""
-        poll, old = self._store.settings["POLL_SECONDS"], self.spark(name)
-        got = self._hosts.run(name, "awk '/^Mem(Total|Available):/ {print $1, $2}' /proc/meminfo 2>/dev/null; exit 0", 15)
-        if got.kind == "ok":
-            view = SparkView("ok", "answers; memory unknown", "", utc())
-            with contextlib.suppress(IndexError, ValueError):
-                total, available = memory_gb(parse_facts(got.out))
-                view = SparkView("ok", "", "", utc(), {"total_gb": round(total, 1), "available_gb": round(available, 1)})
+    def _ask_vitals(self, key, endpoint, serves):
+        """Ask a vLLM's /metrics; what it does not tell is not known any more."""
+        told = {}
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+            told = parse_vllm_metrics(endpoint.request("GET", "/metrics")[1].decode("utf-8", "replace")) if serves else {}
+        if told:
+            self._vitals[key] = vitals_after(self._vitals.get(key), told, time.monotonic())
         else:
-            remedy = remedy_for(got, self._store.sparks[name])
+            self._vitals.pop(key, None)
+
+    def _is_wedged(self, slot, endpoint, probe):
+        """Whether requests run, no token comes, no Spark works, and a request of ours fails too. Once wedged, until a token comes."""
+        vitals, plan = self._vitals.get("slot-" + slot.name), self.manager.book.slots.get(slot.name)
+        power = [self.spark(host).gpu["power_w"] or 0 for host in slot.hosts if self.spark(host).gpu]
+        if vitals is None or vitals.frozen < WEDGE_LOOKS or max(power, default=0) >= WEDGE_W:
+            return False
+        if self.slot(slot.name).probe.state == "wedged":
+            return True
+        try:
+            return endpoint.request("POST", *warm_request(probe.served[0], bool(plan and plan.pooling)), WEDGE_CANARY_S)[0] >= 500
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            return isinstance(e, TimeoutError)              # anything else is an engine that ends: the next look tells
+
+    def _look_at_service(self, name):
+        """One look at a service; then wait for the next. A built-in one that nobody named is asked once a minute until it answers."""
+        config, old = self._store.current, self._services.get(name)
+        service, poll = config.layout.services.get(name), config.settings["POLL_SECONDS"]
+        hidden = service is None or name in config.settings["DISABLED_SERVICES"] or not (service.url or service.host)
+        taken = {(s.hosts[0], s.port) for s in config.layout.slots.values()} | {
+            (s.host, s.port) for s in config.layout.services.values() if s.configured}
+        if hidden or not service.configured and (service.host, service.port) in taken:
+            self._services.pop(name, None)
+            return self._closing.wait(poll)
+        endpoint, path = service_place(service, self._hosts, config.settings)
+        state, detail, facts = probe_service(service, endpoint, path)
+        if service.kind == "vllm":
+            self._ask_vitals("service-" + name, endpoint, state == "serving")
+        if old or service.configured or state == "serving" and (facts or not KINDS[service.kind].ask):
+            box = self.spark(service.host).containers.get(service.container) if service.host else None
+            detail += f"; docker says of {service.container}: {box}" if box and state != "serving" else ""
+            same, answered = old and old.state == state, state in ("serving", "loading")
+            failures = 0 if state != "unreachable" else old.failures + 1 if old else 1
+            self._services[name] = ServiceView(state, detail, {**facts, **self.facts("service-" + name)}, old.since if same else utc(),
+                                               utc() if answered else old and old.seen_at, failures)
+            if not same:
+                self._hub.bump()
+            if old and not same:
+                self._events.add("service_" + state, f"{name} is {state}" + (f": {detail}" if detail else ""), service=name)
+            return self._closing.wait(pause_after(poll, failures))
+        self._closing.wait(max(60, poll))
+
+    def _look_at_spark(self, name):
+        """One look at a Spark; then wait for the next: during a swap a second, when it is dead more and more."""
+        config, old, swap = self._store.current, self.spark(name), self._swap_at(name)
+        poll, box = config.settings["POLL_SECONDS"], self._boxes.get(name, Box(""))
+        light = swap is not None and box.swap == swap and old.state == "ok"
+        got = self._hosts.run(name, spark_script(light), 10 if swap else 15)
+        facts = parse_spark(got.out)
+        if got.kind == "ok" or got.kind == "time_out" and facts["memory"]:      # a part that hangs is not a Spark that is gone
+            view = spark_view(facts, self._owners(config, name), old, light)
+            sample = (time.time(), facts["memory"].get("MemAvailable"), facts["pressure"], (facts["gpu"] or {}).get("power_w"))
+            after = box if box.lost_at else box._replace(samples=(*box.samples, sample)[-60:])
+        else:
+            remedy = remedy_for(got, config.sparks[name])
             view = SparkView("unreachable", why_not(got), remedy, old.seen_at, failures=old.failures + 1)
+            after = box._replace(lost_at=box.lost_at or time.time())
+        if swap:
+            self._boxes[name] = after if box.swap == swap else Box(swap)
         self._sparks[name] = view
-        if old[:3] + old[4:5] != view[:3] + view[4:5]:      # all but when
+        if old.state != view.state:             # the rest is told by the thread `history`, for all at once
             self._hub.bump()
-        if old.state not in ("unknown", view.state):
+        if old.state not in ("unknown", view.state) and (old.state, view.state) != ("stale", "ok"):
             self._events.add("spark_" + view.state, f"{name} is {view.state}" + (f": {view.detail}" if view.detail else ""), spark=name)
-        jitter = 0.8 + 0.4 * secrets.randbelow(100) / 100   # keeps several from asking together
-        self._closing.wait(min(60, poll * 2 ** min(view.failures, 9)) * jitter if view.failures else poll)
+        until = time.monotonic() + (1 if swap else pause_after(poll, view.failures))
+        while not self._closing.wait(max(0.0, min(1.0, until - time.monotonic()))) and time.monotonic() < until:
+            if swap is None and self._swap_at(name):        # it begins: look at once
+                return
+
+    def _swap_at(self, name):
+        """The id of the swap that is at work on a Spark, or None."""
+        s = self.manager.book.running
+        slot = self._store.current.layout.slots.get(s.slot) if s and not s.dry_run else None
+        return s.id if slot and name in slot.hosts else None
+
+    def black_box(self, swap_id):
+        """{Spark: since when it does not answer, and its last samples} of those that stopped answering during that swap."""
+        boxes = {name: box for name, box in self._boxes.copy().items() if box.swap == swap_id and box.samples}
+        fields = ("available_gb", "pressure", "power_w")
+        return {name: {"lost_at": utc(box.lost_at or box.samples[-1][0]),
+                       "samples": [{"at": utc(at), **dict(zip(fields, row))} for at, *row in box.samples]}
+                for name, box in boxes.items() if box.lost_at or time.time() - box.samples[-1][0] > 8}
+
+    @staticmethod
+    def _owners(config, spark):
+        """Whose the containers on a Spark are -> {container: (part of the ledger, name)}."""
+        layout = config.layout
+        return {**{s.container: ("services", s.name) for s in layout.services.values() if s.host == spark and s.container},
+                **{s.container: ("engines", s.name) for s in layout.slots.values() if spark in s.hosts}}
+
+    def _tick(self):
+        """Once a poll: keep what was measured, and wake long-polls if anything changed that a person would notice."""
+        self._closing.wait(self._store.current.settings["POLL_SECONDS"])
+        rows = {}
+        for key, vitals in self._vitals.copy().items():
+            what, _, name = key.partition("-")
+            rows[what + "s", name] = tuple(vitals.facts.get(f) for f in History.ENGINE)
+        for name in self._store.sparks:
+            view = self.spark(name)
+            gpu = view.gpu or {}
+            told = (view.memory or {}).get("available_gb"), gpu.get("busy"), gpu.get("power_w"), gpu.get("temperature_c")
+            rows["sparks", name] = told if view.state == "ok" else (None,) * 4
+        self.history.add(time.time(), rows)
+        noticed = [*(self.spark(name).noticed() for name in self._store.sparks), *(v.facts for v in self._vitals.copy().values()),
+                   *((v.detail, v.facts) for v in self._services.copy().values())]
+        if noticed != self._noticed:
+            self._noticed = noticed
+            self._hub.bump()
 
     def _look_at_config(self):
         self._closing.wait(1)
         if self._store.refresh():
             config = self._store.current
             self._events.add("config_changed", f"files were read again: {len(config.models)} models, {len(config.problems)} problems")
-        self._watch_slots()                     # each time: an edit may have read the files before us
+        self._watch()                           # each time: an edit may have read the files before us
 
 
 # === 13 data path =============================================================
@@ -4947,6 +5523,21 @@ def exposure(bind, key, root, allow_root=True):
     return told, refused
 
 
+def ask_all(asks):
+    """[(facts, ask)]: every ask(), which limits its own time, at once -> {facts, ok, seconds, detail} each."""
+    def answer(facts, ask):
+        began, ok, more = time.monotonic(), False, {}
+        try:
+            detail, ok = ask(), True
+        except Refused as e:
+            detail, more = str(e), {k: v for k, v in e.details.items() if v}
+        except (OSError, ValueError, TypeError, RecursionError, http.client.HTTPException) as e:
+            detail = why_silent(e)[1]
+        return {**facts, "ok": ok, "seconds": round(time.monotonic() - began, 3), "detail": detail, **more}
+    with ThreadPoolExecutor(max(1, len(asks))) as pool:
+        return list(pool.map(answer, *zip(*asks))) if asks else []
+
+
 class App:
     """What the handlers work on. Fixed after construction; each part keeps its own locks."""
 
@@ -4957,10 +5548,11 @@ class App:
         self.hosts = Hosts(store.sparks.values())
         self.monitor = Monitor(store, self.hosts, self.hub, self.events)
         self.swaps = SwapManager(data_dir, lambda: store.current, self.hosts, self.hub, self.gate, self.events.add,
-                                 self.warnings.append, self.monitor.observe)
+                                 self.warnings.append, self.monitor.observe, self.monitor.black_box)
         self.monitor.manager = self.swaps
         self.webhooks = Webhooks(lambda: store.current.settings, self.hub)
-        self.events.listeners.append(self.webhooks.tell)
+        self.meter = Meter()
+        self.events.listeners += [self.webhooks.tell, self.meter.listen]
         jobs, schedules, transfers = (Register(os.path.join(data_dir, f"{what}s.json"), what, fields, required, self.hub, self.warnings.append)
                                       for what, fields, *required in (("job", JOB | JOB_STATE, "kind", "cron", "due", "runs"),
                                                                       ("schedule", SCHEDULE, "registered_at"),
@@ -5007,14 +5599,15 @@ class App:
             view, (in_flight, held) = self.monitor.slot(slot.name), self.gate.counts(slot.name)
             served = view.probe.served[0] if view.probe.served else None
             model = config.find(served) if served else None
-            state = {"serving": "serving", "silent": "empty", "loading": "wedged"}.get(view.probe.state, "unknown")
-            if self.monitor.spark(slot.hosts[0]).state == "unreachable" and state == "empty":
+            state = {"serving": "serving", "silent": "empty", "loading": "wedged", "wedged": "wedged"}.get(view.probe.state, "unknown")
+            if view.probe.detail.startswith("no answer") or self.monitor.spark(slot.hosts[0]).state == "unreachable" and state == "empty":
                 state = "unknown"
             if running and running.slot == slot.name and running.holds:
                 state = "swapping"
             yield {"name": slot.name, "state": state, "model": model.key if model else None, "served_id": served, "since": view.since,
                    "url": endpoint_of(slot, self.hosts, config.settings).url, "hosts": list(slot.hosts), "port": slot.port,
-                   "backend": slot.backend, "detail": view.probe.detail, "in_flight": in_flight, "held": held}
+                   "backend": slot.backend, "detail": view.probe.detail, "in_flight": in_flight, "held": held,
+                   "facts": self.monitor.facts("slot-" + slot.name)}
 
     def models(self, config, hidden=False):
         on = {s["model"]: s["name"] for s in self.slots(config) if s["model"]}
@@ -5049,10 +5642,9 @@ class App:
             self.events.add("catalog_changed", f"{r.client} {said} {key}", client=r.client, model=key)
         return before, after
 
-    def services(self, config):
-        """The services that are configured and not disabled, by name."""
-        hidden = config.settings["DISABLED_SERVICES"]
-        return {s.name: s for s in config.layout.services.values() if s.configured and s.name not in hidden}
+    def tiles(self, config):
+        return [{"name": s.name, "kind": s.kind, "label": s.label, "host": s.host, "port": s.port, "url": s.url, "container": s.container,
+                 **self.monitor.service(s.name)._asdict()} for s in self.monitor.services(config).values()]
 
     def exposed(self):
         bind, key = self.store.started["SPARKCTL_BIND"], self.store.settings["SPARKCTL_API_KEY"]
@@ -5064,10 +5656,9 @@ class App:
         schedules, conflicts = self.schedules.view()
         return {"version": version, "now": utc(), "demo": self.demo,
                 "warnings": [*self.exposed(), *config.settings.warnings, *map(str, config.problems), *self.warnings],
-                "sparks": [{"name": s.name, "host": s.host, **self.monitor.spark(s.name)._asdict()} for s in config.sparks.values()],
+                "sparks": [{"name": s.name, "host": s.host, **self.monitor.spark(s.name).public()} for s in config.sparks.values()],
                 "slots": list(self.slots(config)), "models": self.models(config),
-                "services": [{"name": s.name, "kind": s.kind, "label": s.label, "state": "unknown", "host": s.host, "port": s.port}
-                             for s in self.services(config).values()],
+                "services": self.tiles(config),
                 "swap": running and running.public(), "last": next((s.public() for s in recent if not s.dry_run), None),
                 "lock": self.swaps.lock_info(), "schedules": schedules, "conflicts": conflicts, "jobs": self.jobs.shown(),
                 "transfers": list(self.transfers.shown(running=True)),
@@ -5208,18 +5799,23 @@ class App:
         s = self.swaps.get(swap_id)
         return s.phase in TERMINAL and not (s.rollback_id and self.swaps.get(s.rollback_id).phase not in TERMINAL)
 
+    def contained(self, config, name):
+        """The service of that name, which runs in a container. Raises Refused 404, 409."""
+        service = entry_of(self.monitor.services(config), "service", name)
+        if not service.container or not service.host:
+            raise Refused(409, "no_container", f"{name} has no host and container in services-overrides.yaml")
+        return service
+
     def restart(self, name, client, token="", force=False):
         """Restart the container of a service -> what was done. Raises Refused 404, 409, 423, 502, 504."""
         config = self.store.current
-        service = entry_of(self.services(config), "service", name)
+        service = self.contained(config, name)
         places = [*config.layout.slots.items(), *self.swaps.book.slots.items()]
         engines = {(host, place.container): slot for slot, place in places for host in place.hosts}
         if slot := engines.get((service.host, service.container)):
             raise Refused(409, "slot_engine", f"{name} is the engine of slot {slot}: POST /api/swap with restart: true")
-        if not service.container or not service.host:
-            raise Refused(409, "no_container", f"{name} has no host and container in services-overrides.yaml")
         self.swaps.permit(token, force, f"a restart of {name}", client)
-        spark = dataclasses.replace(config.sparks[service.host], user=service.user or config.sparks[service.host].user)
+        spark = self.spark_of(config, service)
         got = self.hosts.run(spark, f"docker restart -t 30 {quote_arg(service.container)}", 120)
         self.events.add("service_restart", f"{client} restarted {name}: {got.kind}", service=name, client=client)
         if got.kind != "ok":
@@ -5227,7 +5823,7 @@ class App:
             raise Refused(504 if got.kind == "time_out" else 502, "restart_failed", why, remedy=remedy_for(got, spark))
         return f"container {service.container} on {service.host} was restarted"
 
-    def warm(self, key, slot=None):
+    def warm(self, key, slot=None, limit_s=None):
         """One tiny request to a served model -> how it answered. Raises Refused 409, 502."""
         settings = self.store.settings
         slot = slot or next((slot for slot in self.store.current.layout.slots.values() if key in self.serves(slot)), None)
@@ -5237,7 +5833,7 @@ class App:
         path, body = warm_request(key, bool(plan and plan.pooling))
         began = time.monotonic()
         try:
-            status, _ = endpoint_of(slot, self.hosts, settings).request("POST", path, body, settings["SWAP_WARM_TIMEOUT"])
+            status, _ = endpoint_of(slot, self.hosts, settings).request("POST", path, body, limit_s or settings["SWAP_WARM_TIMEOUT"])
         except (OSError, http.client.HTTPException) as e:
             status = type(e).__name__
         if status != 200:
@@ -5249,27 +5845,121 @@ class App:
         config = self.store.current
 
         def of_service(service):
-            place = urllib.parse.urlsplit(service.url or f"http://{self.hosts.address(service.host)}:{service.port}")
-            status, _ = Endpoint(place.hostname, place.port or 80).request("GET", service.health, timeout_s=10)
-            if status != 200:
-                raise Refused(502, "unhealthy", f"{service.health} says {status}")
-            return f"{service.health} says 200"
+            return ask_for_work(service, *service_place(service, self.hosts, config.settings), self.monitor.service(service.name).facts, 30)
 
-        def answer(name, kind, ask):
-            began, ok = time.monotonic(), False
-            try:
-                detail, ok = ask(), True
-            except Refused as e:
-                detail = str(e)
-            except (OSError, ValueError, http.client.HTTPException) as e:
-                detail = "no answer in time" if isinstance(e, TimeoutError) else "no answer"
-            return {"name": name, "kind": kind, "ok": ok, "seconds": round(time.monotonic() - began, 3), "detail": detail}
-        asks = [(slot.name, "slot", functools.partial(self.warm, served[0], slot))
+        asks = [({"name": slot.name, "kind": "slot"}, functools.partial(self.warm, served[0], slot, 30))
                 for slot in config.layout.slots.values() if (served := self.serves(slot))]
-        asks += [(s.name, s.kind, functools.partial(of_service, s)) for s in self.services(config).values()]
-        with ThreadPoolExecutor(16) as pool:
-            rows = list(pool.map(answer, *zip(*asks))) if asks else []
+        asks += [({"name": s.name, "kind": s.kind}, functools.partial(of_service, s)) for s in self.monitor.services(config).values()]
+        rows = ask_all(asks)
         return {"ok": all(row["ok"] for row in rows), "services": rows}
+
+    def connectivity(self):
+        """Every Spark's ssh and every port that slots and services answer on, all at once -> {ok, places}."""
+        config = self.store.current
+        services = self.monitor.services(config).values()
+
+        def login(spark):
+            got = self.hosts.run(spark, "exit 0", 10)
+            if got.kind != "ok":
+                raise Refused(502, got.kind, why_not(got), remedy=remedy_for(got, spark))
+            return "logged in"
+
+        def connect(endpoint, may_be_closed=False):
+            try:
+                socket.create_connection((endpoint.host, endpoint.port), 5).close()
+            except ConnectionRefusedError:
+                if not may_be_closed:
+                    raise
+                return "connection refused, as it should be: the slot is empty"
+            return "connected"
+        logins = {s for s in config.sparks.values()} | {self.spark_of(config, s) for s in services if s.host}
+        empty = {row["name"] for row in self.slots(config) if row["state"] == "empty"}
+        asks = [({"name": s.name, "kind": "ssh", "host": s.host, "user": s.user}, functools.partial(login, s))
+                for s in sorted(logins, key=repr)]
+        for name, kind, place in ([(s.name, "slot", endpoint_of(s, self.hosts, config.settings)) for s in config.layout.slots.values()]
+                                  + [(s.name, s.kind, service_place(s, self.hosts, config.settings)[0]) for s in services]):
+            row = {"name": name, "kind": kind, "host": place.host, "port": place.port}
+            asks.append((row, functools.partial(connect, place, kind == "slot" and name in empty)))
+        rows = ask_all(asks)
+        return {"ok": all(row["ok"] for row in rows), "places": rows}
+
+    def endpoints(self, r):
+        """Addresses for applications that work from the client's machine: a Spark that is this machine goes by the client's name for it."""
+        config, asked = self.store.current, r.headers.get("host") or socket.gethostname()
+        here, hidden = re.sub(r":\d+$", "", asked).strip("[]"), config.settings["DISABLED_SERVICES"]
+
+        def base(service):
+            place, path = service_place(service, self.hosts, config.settings)
+            near = re.fullmatch(r"127\.[\d.]+|::1|localhost", place.host)
+            return service.url or place._replace(host=here if near else place.host).url + path
+        tiles = self.monitor.services(config)
+        rows = [{"name": s.name, "kind": s.kind, "label": s.label, "disabled": s.name in hidden,
+                 "state": "disabled" if s.name in hidden else self.monitor.service(s.name).state, "base_url": base(s),
+                 "openai_base_url": base(s) + KINDS[s.kind].base if KINDS[s.kind].base else None}
+                for s in config.layout.services.values() if (s.name in tiles or s.name in hidden) and (s.url or s.host)]
+        own = f"http://{asked}/v1"
+        return {"base_url": own, "needs_key": bool(config.settings["SPARKCTL_API_KEY"]), "services": rows, "slots": [
+            {"base_url": own, **{k: slot[k] for k in ("name", "state", "model", "served_id")}} for slot in self.slots(config)]}
+
+    def families(self):
+        """What /metrics tells: (name, type, help, samples) each; a value of None is left out."""
+        config, of, own, lease = self.store.current, self.meter.of, resource.getrusage(resource.RUSAGE_SELF), self.swaps.lock_info()
+        with open("/proc/self/statm", encoding="ascii") as f:
+            resident = int(f.read().split()[1]) * resource.getpagesize()
+        sparks, slots, seconds = [({"spark": s}, self.monitor.spark(s)) for s in config.sparks], list(self.slots(config)), of("seconds")
+        by = lambda counts, *labels: [("", dict(zip(labels, key)), n) for key, n in counts.items()]
+        of_spark = lambda value: [("", labels, value(v)) for labels, v in sparks]
+        of_slot = lambda value: [("", {"slot": s["name"]}, value(s)) for s in slots]
+        known = lambda v: {**(v.ledger or {}), **{k: gb for k, gb in (v.memory or {}).items() if k in ("total_gb", "available_gb")}}
+        memory = [("", {**labels, "part": part.removesuffix("_gb"), "name": name}, gb and gb * GIB)
+                  for labels, v in sparks for part, parts in known(v).items()
+                  for name, gb in (parts.items() if isinstance(parts, dict) else [("", parts)])]
+        for name, kind, told, samples in (
+                ("info", "gauge", "1, with the version", [("", {"version": VERSION}, 1)]),
+                ("process_cpu_seconds_total", "counter", "CPU time of sparkctl, without ssh", [("", {}, own.ru_utime + own.ru_stime)]),
+                ("process_resident_bytes", "gauge", "memory of sparkctl itself", [("", {}, resident)]),
+                ("process_threads", "gauge", "threads of sparkctl itself", [("", {}, threading.active_count())]),
+                ("http_requests_total", "counter", "requests to the page and the API", by(of("request"), "method", "status")),
+                ("http_request_seconds", "histogram", "time to answer them, but for those that waited because they were told to", [
+                    *(("_bucket", {"le": str(most).replace("inf", "+Inf")}, sum(n for (b,), n in seconds.items() if b <= most))
+                      for most in Meter.BOUNDS),
+                    ("_sum", {}, sum(of("seconds_sum").values())), ("_count", {}, sum(seconds.values()))]),
+                ("slot_up", "gauge", "1 while a slot serves", [
+                    ("", {"slot": s["name"], "model": s["model"] or s["served_id"] or ""}, s["state"] == "serving") for s in slots]),
+                ("slot_in_flight", "gauge", "requests that are at the engine through sparkctl", of_slot(lambda s: s["in_flight"])),
+                ("slot_held", "gauge", "requests that wait for a swap", of_slot(lambda s: s["held"])),
+                ("engine_running", "gauge", "requests that the engine works on", of_slot(lambda s: s["facts"].get("running"))),
+                ("engine_waiting", "gauge", "requests that wait in the engine", of_slot(lambda s: s["facts"].get("waiting"))),
+                ("engine_kv_use", "gauge", "share of the KV cache in use", of_slot(lambda s: s["facts"].get("kv_use"))),
+                ("engine_tokens_per_s", "gauge", "tokens made a second", of_slot(lambda s: s["facts"].get("tokens_per_s"))),
+                ("swaps_total", "counter", "swaps that are over", [
+                    ("", {"outcome": end}, of("event").get(("swap_" + end,), 0)) for end in ("complete", "failed", "cancelled")]),
+                ("swap_running", "gauge", "1 while a swap runs", [("", {}, bool(self.swaps.book.running))]),
+                ("swap_phase_seconds", "summary", "time that the phases of swaps took", [
+                    ("_" + end, {"phase": phase}, n) for end in ("sum", "count") for (phase,), n in of("phase_" + end).items()]),
+                ("lock_held", "gauge", "1 while somebody holds the lock", [("", {}, lease["locked"])]),
+                ("lock_queue", "gauge", "who wait for the lock", [("", {}, lease.get("queue", 0))]),
+                ("events_total", "counter", "events", by(of("event"), "kind")),
+                ("webhook_deliveries_total", "counter", "deliveries that are over", by(self.webhooks.outcomes(), "outcome")),
+                ("spark_up", "gauge", "1 while a Spark answers", of_spark(lambda v: v.state == "ok")),
+                ("spark_memory_bytes", "gauge", "where a Spark's memory is", memory),
+                ("spark_gpu_busy_percent", "gauge", "share of time that the GPU was busy", of_spark(lambda v: v.gpu and v.gpu["busy"])),
+                ("spark_power_watts", "gauge", "power that the GPU draws", of_spark(lambda v: v.gpu and v.gpu["power_w"])),
+                ("spark_gpu_celsius", "gauge", "temperature of the GPU", of_spark(lambda v: v.gpu and v.gpu["temperature_c"])),
+                ("spark_celsius", "gauge", "the highest temperature of the Spark's other sensors", of_spark(lambda v: v.temperature_c)),
+                ("spark_load", "gauge", "load average of a minute", of_spark(lambda v: v.load)),
+                ("spark_memory_pressure_percent", "gauge", "share of 10 s in which something waited for memory",
+                 of_spark(lambda v: v.memory and v.memory["pressure"])),
+                ("spark_disk_free_bytes", "gauge", "room where the models are", of_spark(lambda v: v.disk and v.disk["free_gb"] * GIB)),
+                ("service_up", "gauge", "1 while a service is well", [
+                    ("", {"service": t["name"], "kind": t["kind"]}, t["state"] == "serving") for t in self.tiles(config)])):
+            yield "sparkctl_" + name, kind, told, samples
+
+    @staticmethod
+    def spark_of(config, service):
+        """The Spark of a service, logged in to as the service's own user."""
+        spark = config.sparks[service.host]
+        return dataclasses.replace(spark, user=service.user or spark.user)
 
 
 # --- handlers
@@ -5365,7 +6055,7 @@ def get_swap(app, r):
     over = lambda: swap().phase in TERMINAL or swap().seq > since
     if not over():
         app.poll(r, over, r.query.get("wait", 0))
-    return 200, swap().public()
+    return 200, {**swap().public(), "blackbox": swap().blackbox}
 
 
 def stream_swap(app, r):
@@ -5444,6 +6134,33 @@ def delete_disk(app, r):
         raise Refused(409, "repo_shared", f"{', '.join(others)} needs {model.repo} too; force=true deletes it all the same", models=others)
     app.swaps.permit(**right_of(r), what=f"deleting the weights of {model.key}")
     return 200, {"model": model.key, "repo": model.repo, "hosts": app.transfers.delete(model, names_, r.client)}
+
+
+def get_service_logs(app, r):
+    """The log of a service's container as text; with follow a stream until the client leaves."""
+    config, kind = app.store.current, {"Content-Type": "text/plain; charset=utf-8"}
+    service, follow = app.contained(config, r.args["name"]), r.query.get("follow", False)
+    spark, script = app.spark_of(config, service), logs_script(service.container, r.query.get("tail", 200), follow)
+
+    def run(send):
+        if why := app.hosts.stream(spark, script, send, lambda: app.closing.is_set() or r.gone()):
+            send(f"-- the log of {service.container} on {service.host} ended: {why}\n".encode())
+    if follow:
+        return 200, app.parking()(run), kind
+    got = app.hosts.run(spark, script, 30)
+    if got.kind != "ok":
+        status, why = 504 if got.kind == "time_out" else 502, f"{service.name} on {service.host}: {why_not(got)}"
+        raise Refused(status, "logs_failed", why, remedy=remedy_for(got, spark))
+    return 200, "".join(printable(line) + "\n" for line in got.out.splitlines()).encode(), kind
+
+
+def get_history(app, r):
+    minutes = r.query.get("minutes", 60)
+    return 200, {"minutes": minutes, **app.monitor.history.read(time.time(), minutes)}
+
+
+def get_metrics(app, r):
+    return 200, prometheus(app.families()), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
 
 
 def get_v1_models(app, r):
@@ -5610,6 +6327,12 @@ ROUTES = (
     Route("POST",   "/api/webhooks/test",    post_webhook_test),
     Route("POST",   "/api/services/{name}/restart",
           lambda app, r: (200, {"restarted": r.args["name"], "detail": app.restart(r.args["name"], **right_of(r))}), FORCE),
+    Route("GET",    "/api/services",         lambda app, r: (200, {"services": app.tiles(app.store.current)})),
+    Route("GET",    "/api/services/{name}/logs", get_service_logs, {"tail": number(0, 10_000, int), "follow": flag}),
+    Route("GET",    "/api/endpoints",        lambda app, r: (200, app.endpoints(r))),
+    Route("GET",    "/api/connectivity",     lambda app, r: (200, app.connectivity())),
+    Route("GET",    "/api/history",          get_history, {"minutes": number(1, 1440, int)}),
+    Route("GET",    "/metrics",              get_metrics),
     Route("GET",    "/api/health/deep",      lambda app, r: (200, app.health())),
     Route("GET",    "/api/events",           lambda app, r: (200, {"events": app.events.since(r.query.get("since", 0))}), SINCE),
     Route("GET",    "/api/settings",         get_settings),
@@ -5760,7 +6483,15 @@ class Handler(BaseHTTPRequestHandler):
         request.query = checked(dict(urllib.parse.parse_qsl(request.raw_query, keep_blank_values=True)), route.query, "the query")
         if route.body is not None:
             request.json = checked(parse_json(request.body), route.body, "the body")
-        return self.reply(request, *route.handler(app, request))
+        began, status = time.monotonic(), 500
+        try:
+            status, *answer = route.handler(app, request)
+        except Refused as e:
+            status = e.status
+            raise
+        finally:                                # not how long someone waited who asked to
+            app.meter.request(request.method, status, None if "wait" in request.query else time.monotonic() - began)
+        return self.reply(request, status, *answer)
 
     def reply(self, request, status, content, headers=()):
         """Send one reply -> (status, bytes of body). content: bytes, what JSON can hold, or run(send), a stream until it returns."""

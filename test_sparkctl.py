@@ -29,6 +29,7 @@ import textwrap
 import threading
 import time
 from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -1190,7 +1191,7 @@ def test_warm_and_health_ask_the_engine_and_say_what_is_wrong(two):
     two.env["DISABLED_SERVICES"] = "off"
     due(two, id="health")
     run = ran(two, "health")
-    assert run["outcome"] == "failed" and run["detail"] == "side: no answer"
+    assert run["outcome"] == "failed" and run["detail"] == "side: connection refused"
     rows = {row["name"]: row for row in two.get("/api/health/deep").json["services"]}
     assert set(rows) == {"main", "side"} and rows["main"]["ok"] and not rows["side"]["ok"]
 
@@ -1747,15 +1748,436 @@ def test_weights_that_are_served_or_about_to_be_are_not_deleted(store):
 
 # === 12 monitor ===============================================================
 
+CID = "c" * 64
+GB10 = f"""/proc/meminfo:MemTotal:       127600000 kB
+/proc/meminfo:MemFree:         20000000 kB
+/proc/meminfo:MemAvailable:    60000000 kB
+/proc/meminfo:Buffers:          1000000 kB
+/proc/meminfo:Cached:          45000000 kB
+/proc/meminfo:SwapFree:        16000000 kB
+/proc/meminfo:Shmem:            4000000 kB
+/proc/meminfo:SReclaimable:     1000000 kB
+/proc/pressure/memory:some avg10=1.53 avg60=0.10 avg300=0.00 total=1
+/proc/loadavg:0.71 0.46 2.33 1/90 27028
+/proc/uptime:22625.98 22313.69
+/sys/class/thermal/thermal_zone0/temp:41200
+/sys/class/thermal/thermal_zone1/temp:52100
+/sys/class/net/enp1s0f1np1/operstate:up
+/sys/class/net/docker0/operstate:up
+/sys/class/net/enp1s0f1np1/speed:200000
+/sys/class/infiniband/rocep1s0f1/ports/1/state:4: ACTIVE
+@gpu
+96, 91.20, 71, 2411, 580.126.09
+@apps
+4242, 40960
+7, [N/A]
+@groups
+/proc/4242/cgroup:0::/system.slice/docker-{CID}.scope
+system.slice/docker-{CID}.scope/memory.stat:anon 2147483648
+system.slice/docker-{CID}.scope/memory.stat:shmem 1073741824
+@docker
+{CID} vllm_node Up 5 minutes (healthy)
+{"d" * 64} asr Exited (137) 5 seconds ago
+ok
+@df
+Filesystem     1024-blocks     Used Available Capacity Mounted on
+/dev/nvme0n1p2  3844551680 25144072 2812468400      24% /
+@end
+"""
+
+
+def test_a_look_at_a_gb10_is_read_whole_and_its_memory_adds_up():
+    facts = sc.parse_spark(GB10)
+    view = sc.spark_view(facts, {"vllm_node": ("engines", "main")}, None, False)
+    assert view.state == "ok" and view.memory == {"total_gb": 121.7, "available_gb": 57.2, "swap_free_gb": 15.3, "pressure": 1.53}
+    assert view.gpu == {"busy": 96, "power_w": 91, "temperature_c": 71, "clock_mhz": 2411, "driver": "580.126.09"}
+    assert (view.temperature_c, view.load, view.disk, view.fabric) == (52, 0.71, {"total_gb": 3666, "free_gb": 2682.2}, 1)
+    assert view.links == [{"name": "enp1s0f1np1", "state": "up", "mbit": 200000.0}]
+    assert view.containers == {"vllm_node": "Up 5 minutes (healthy)", "asr": "Exited (137) 5 seconds ago"}
+    told = view.ledger
+    assert told["engines"] == {"main": 43.0} and told["others"] == {"processes on the GPU": None} and facts["apps"] == {4242: 40.0, 7: None}
+    assert (told["page_cache_gb"], told["unknown_gb"]) == (41.01, 18.61)
+    assert abs(told["free_gb"] + told["page_cache_gb"] + told["unknown_gb"] + 43 - told["total_gb"]) < 0.03
+    # when the GPU does not tell what processes hold, an engine's part is not known, and not its container's memory alone
+    assert sc.ledger({**facts, "apps": None}, {"vllm_node": ("engines", "main")})["engines"] == {"main": None}
+
+
+@pytest.mark.parametrize("change,field,value", [
+    (("96, 91.20, 71, 2411", "[N/A], [Not Supported], , 2411"), "gpu", {"busy": None, "power_w": None, "temperature_c": None, "clock_mhz": 2411, "driver": "580.126.09"}),
+    (("96, 91.20, 71, 2411, 580.126.09", "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."), "gpu", None),
+    (("ok\n@df", "@df"), "containers", {}),
+    (("/proc/meminfo:MemTotal:", "/proc/meminfo:Memtotal:"), "ledger", None),
+    (("@apps\n4242, 40960\n7, [N/A]\n", ""), "state", "ok"),
+    ((GB10[GB10.index("@groups"):], ""), "detail", "answers; apps hangs on the Spark"),
+    ((GB10, "\u202e\0@\n@@\n:::\n/x/cgroup:docker-\n" * 99), "memory", None),
+])
+def test_what_a_spark_does_not_tell_is_missing_and_never_made_up(change, field, value):
+    assert getattr(sc.spark_view(sc.parse_spark(GB10.replace(*change)), {}, None, False), field) == value
+
+
+def test_a_spark_that_answers_anything_at_all_breaks_nothing():
+    for seed in range(300):
+        chance, text = random.Random(seed), list(GB10)
+        for _ in range(chance.randrange(1, 80)):
+            text[chance.randrange(len(text))] = chance.choice("\n@:/ ,0.a9-\u202e\0|")
+        sc.spark_view(sc.parse_spark("".join(text)), {"vllm_node": ("engines", "main")}, None, False).noticed()
+
+
+def spark_state(program):
+    return {s["name"]: s for s in program.get("/api/state").json["sparks"]}
+
+
 def test_a_spark_that_dies_and_comes_back_is_told_and_costs_only_its_own_tile(two):
-    state = lambda: {s["name"]: s for s in two.get("/api/state").json["sparks"]}
+    state = lambda: spark_state(two)
     until(lambda: {s["state"] for s in state().values()} == {"ok"})
-    assert state()["spark1"]["memory"] == {"total_gb": 121.7, "available_gb": 114.4}
+    assert state()["spark1"]["memory"] == {"total_gb": 121.7, "available_gb": 114.4, "swap_free_gb": None, "pressure": None}
     two.rig.control("spark2", "down")
     dead = until(lambda: (s := state()["spark2"])["state"] == "unreachable" and s, 40)
-    assert "unreachable" in dead["detail"] and dead["remedy"] and state()["spark1"]["state"] == "ok"
+    assert "unreachable" in dead["detail"] and dead["remedy"] and state()["spark1"]["state"] == "ok" and dead["memory"] is None
     two.rig.clear("spark2", "down")
     until(lambda: state()["spark2"]["state"] == "ok", 40)
+
+
+def test_what_an_engine_holds_on_the_gpu_is_in_its_sparks_ledger_and_a_gpu_that_hangs_is_told(two):
+    assert two.swap("alpha").status == 200
+    told = until(lambda: (led := spark_state(two)["spark1"]["ledger"]) and led["engines"].get("main") and led)
+    assert told["engines"] == {"main": 18.69} and spark_state(two)["spark1"]["gpu"]["power_w"] == 3
+    two.rig.control("spark1", "nvidia_hangs")
+    hung = until(lambda: (s := spark_state(two)["spark1"])["gpu"] is None and s, 40)
+    assert hung["state"] in ("ok", "stale") and "hangs" not in hung["detail"] and hung["memory"] and two.post("/v1/completions", {"prompt": "hi"}).status == 200
+
+
+class Stub(threading.Thread):
+    """A service on spark2: answers says {path: status, JSON or bytes}, which a test may change; got is what it was asked."""
+
+    def __init__(self, answers, host="127.0.0.2"):
+        super().__init__(daemon=True)
+        self.answers, self.got = answers, []
+        stub = self
+
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                stub.got.append((self.command, self.path, body, self.headers))
+                status, said = stub.answers.get(self.path, (404, {"detail": "Not Found"}))
+                if status == "hangs":
+                    return time.sleep(said)
+                data = said if isinstance(said, bytes) else json.dumps(said).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+            do_POST = do_GET
+
+            def log_message(self, *_):
+                pass
+        self.server = ThreadingHTTPServer((host, 0), Answer)
+        self.server.daemon_threads = True
+        self.port = self.server.server_port
+        self.start()
+
+    def run(self):
+        self.server.serve_forever(0.05)
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+OK = (200, {"status": "ok"})
+STUBS = {      # kind -> what it answers, the facts of its tile, what it is asked in a deep check
+    "asr": ({"/health": OK, "/v1/models": (200, {"data": [{"id": "parakeet-tdt"}]}), "/v1/audio/transcriptions": (200, {"text": ""})},
+            {"model": "parakeet-tdt"}, "/v1/audio/transcriptions"),
+    "tts": ({"/health": OK, "/v1/audio/voices": (200, {"voices": [{"id": "af_heart", "name": "Heart"}, "af_sky"]}), "/v1/audio/speech": (200, b"RIFF")},
+            {"voices": ["af_heart", "af_sky"]}, "/v1/audio/speech"),
+    "embeddings": ({"/health": (200, b""), "/info": (200, {"model_id": "BAAI/bge-m3", "max_input_length": 8192}), "/v1/embeddings": (200, {"data": [{"embedding": [0.1]}]})},
+                   {"model": "BAAI/bge-m3"}, "/v1/embeddings"),
+    "qdrant": ({"/readyz": (200, b"all shards are ready"), "/collections": (200, {"result": {"collections": [{"name": "notes"}]}, "status": "ok"})},
+               {"collections": ["notes"]}, "/collections"),
+    "nim": ({"/v1/health/ready": (200, {"object": "health.response", "status": "ready"}), "/v1/models": (200, {"data": [{"id": "meta/llama"}]}),
+             "/v1/chat/completions": (200, {"choices": []})}, {"model": "meta/llama"}, "/v1/chat/completions"),
+    "open-webui": ({"/health": (200, {"status": True}), "/api/version": (200, {"version": "0.6.1"})}, {"version": "0.6.1"}, "/health"),
+    "http": ({"/": (200, b"hello")}, {}, "/"),
+}
+
+
+@pytest.fixture
+def zoo(rig, start, tmp_path):
+    """A program with a service of every kind on spark2, and a vLLM there that is not ours."""
+    stubs = {kind: Stub(dict(answers)) for kind, (answers, _, _) in STUBS.items()}
+    port = rig.free_port("spark2")
+    rig.start_foreign("spark2", port, "org/side")
+    rows = {kind: {"kind": kind, "host": "spark2", "port": stub.port} for kind, stub in stubs.items()}
+    rows["side"] = {"kind": "vllm", "host": "spark2", "port": port}
+    rows["hidden"] = {"kind": "http", "host": "spark2", "port": stubs["http"].port, "health": "/hidden"}
+    rows["gone"] = {"kind": "asr", "host": "spark2", "port": rig.free_port("spark2"), "container": "asr"}
+    env = rig_env(rig, tmp_path, DISABLED_SERVICES="hidden", QDRANT_API_KEY="q-secret")
+    (tmp_path / "services.yaml").write_text(yaml.safe_dump({"services": rows}))
+    p = start(env, args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    p.rig, p.stubs = rig, stubs
+    yield p
+    for stub in stubs.values():
+        stub.close()
+
+
+def tiles(program):
+    return {s["name"]: s for s in program.get("/api/state").json["services"]}
+
+
+def test_a_tile_shows_what_its_kind_can_say_and_a_state_is_never_a_guess(zoo):
+    zoo.rig.sh("spark2", "docker run -d --name asr busybox sleep infinity")
+    until(lambda: all(t["state"] == "serving" for n, t in tiles(zoo).items() if n != "gone") and tiles(zoo)["side"]["facts"].get("running") == 0)
+    for kind, (_, facts, _) in STUBS.items():
+        assert tiles(zoo)[kind]["facts"] == facts, kind
+    side = until(lambda: "tokens_per_s" in (t := tiles(zoo)["side"])["facts"] and t)
+    assert side["facts"] == {"model": "org/side", "names": ["org/side"], "running": 0, "waiting": 0, "kv_use": 0.0, "tokens_per_s": 0.0, "prompt_tokens_per_s": 0.0}
+    until(lambda: "; docker says of asr: Up" in tiles(zoo)["gone"]["detail"])
+    assert tiles(zoo)["gone"]["state"] == "down" and "connection refused" in tiles(zoo)["gone"]["detail"]
+    assert "hidden" not in tiles(zoo) and all(path != "/hidden" for _, path, _, _ in zoo.stubs["http"].got)
+    assert zoo.stubs["qdrant"].got[-1][3]["Authorization"] == "Bearer q-secret" and zoo.stubs["nim"].got[-1][3]["Authorization"] is None
+    for kind, path, answer, state, detail in (
+            ("nim", "/v1/health/ready", (503, {"status": "not ready"}), "loading", "/v1/health/ready says 503"),
+            ("qdrant", "/collections", (401, b"no"), "serving", "/collections says 401: set QDRANT_API_KEY"),
+            ("tts", "/v1/audio/voices", (200, {"voices": "many"}), "serving", ""),
+            ("http", "/", (404, b""), "unknown", "/ says 404"), ("asr", "/health", ("hangs", 30), "unreachable", "no answer in time")):
+        zoo.stubs[kind].answers[path] = answer
+        until(lambda: (tiles(zoo)[kind]["state"], tiles(zoo)[kind]["detail"]) == (state, detail), what=kind)
+    zoo.stubs["embeddings"].close()
+    until(lambda: tiles(zoo)["embeddings"]["state"] == "down")
+    assert tiles(zoo)["tts"]["facts"] == {} and tiles(zoo)["open-webui"]["state"] == "serving"     # a hung one delays only itself
+    assert "service_unreachable" in kinds(zoo) and "service_down" in kinds(zoo)
+
+
+def test_a_deep_check_has_every_service_do_its_work_and_says_which_cannot(zoo):
+    until(lambda: all(t["state"] == "serving" for n, t in tiles(zoo).items() if n != "gone"))
+    got = zoo.get("/api/health/deep").json
+    rows = {row["name"]: row for row in got["services"]}
+    assert {name for name, row in rows.items() if not row["ok"]} == {"gone"} and not got["ok"] and "hidden" not in rows
+    for kind, (_, _, asked) in STUBS.items():
+        assert asked in [path for _, path, _, _ in zoo.stubs[kind].got[-3:]] and rows[kind]["seconds"] < 5, kind
+    form = next(body for _, path, body, _ in zoo.stubs["asr"].got if "transcriptions" in path)
+    assert b'name="model"\r\n\r\nparakeet-tdt\r\n' in form and b"RIFF" in form and form.endswith(b"\r\n--sparkctl--\r\n")
+    zoo.stubs["asr"].answers["/v1/audio/transcriptions"] = (200, {"error": "no GPU"})
+    zoo.stubs["tts"].answers["/v1/audio/speech"] = (200, b"")
+    zoo.stubs["nim"].answers["/v1/chat/completions"] = (500, {"detail": "x"})
+    rows = {row["name"]: row for row in zoo.get("/api/health/deep").json["services"]}
+    assert [rows[k]["detail"] for k in ("asr", "tts", "nim")] == ["/v1/audio/transcriptions says 200 and not what it should",
+                                                                  "/v1/audio/speech says 200 and not what it should", "/v1/chat/completions says 500"]
+
+
+def test_applications_are_given_addresses_that_work_from_another_machine(start, tmp_path):
+    rows = {"asr": {"kind": "asr", "host": "spark1", "port": 5092}, "far": {"kind": "vllm", "host": "spark2", "port": 8000}, "off": {"kind": "http", "host": "spark2", "port": 7},
+            "open-webui": {"host": "spark2", "url": "https://chat.example.org/"}, "six": {"kind": "http", "host": "spark3", "port": 80}}
+    (tmp_path / "services.yaml").write_text(yaml.safe_dump({"services": rows}))
+    p = start({"SPARK1_HOST": "local", "SPARK2_HOST": "203.0.113.9", "SPARK3_HOST": "2001:db8::7", "DISABLED_SERVICES": "off,qdrant", "POLL_SECONDS": "1"},
+              args=("--services", str(tmp_path / "services.yaml")))
+    got = p.get("/api/endpoints", headers={"Host": f"spark-a.local:{p.port}"}).json
+    assert got["base_url"] == f"http://spark-a.local:{p.port}/v1" and got["slots"][0]["name"] == "main" and got["needs_key"] is False
+    rows = {row["name"]: row for row in got["services"]}
+    assert {n: row["base_url"] for n, row in rows.items()} == {
+        "asr": "http://spark-a.local:5092", "far": "http://203.0.113.9:8000", "off": "http://203.0.113.9:7", "open-webui": "https://chat.example.org/",
+        "qdrant": "http://[2001:db8::7]:6333", "six": "http://[2001:db8::7]:80"}
+    assert {n for n, row in rows.items() if row["disabled"]} == {"off", "qdrant"} == {n for n, row in rows.items() if row["state"] == "disabled"}
+    assert rows["asr"]["openai_base_url"] == "http://spark-a.local:5092/v1" and rows["six"]["openai_base_url"] is None
+    assert {s["name"] for s in p.get("/api/services").json["services"]} == {"asr", "far", "open-webui", "six"}
+
+
+def test_connectivity_tells_every_host_and_port_apart(zoo):
+    zoo.rig.control("spark1", "denied")
+    got = zoo.get("/api/connectivity").json
+    rows = {(row["name"], row["kind"]): row for row in got["places"]}
+    assert not rows["spark1", "ssh"]["ok"] and "Permission denied" in rows["spark1", "ssh"]["detail"] and "ssh-copy-id" in rows["spark1", "ssh"]["remedy"]
+    assert rows["spark2", "ssh"]["ok"] and rows["side", "vllm"]["ok"] and rows["gone", "asr"]["detail"] == "connection refused"
+    assert not any(name == "hidden" for name, _ in rows) and rows["asr", "asr"]["port"] == zoo.stubs["asr"].port and not got["ok"]
+
+
+def test_a_services_log_is_told_followed_and_its_reader_may_leave(zoo):
+    zoo.rig.sh("spark2", "docker run -d --name asr busybox sh -c 'echo one; printf \"two \\033[31mred\\n\"; sleep 1; echo three; exec sleep 60'")
+    got = until(lambda: (r := zoo.get("/api/services/gone/logs?tail=2")).status == 200 and b"two" in r.body and r)
+    assert "two red" in (lines := got.body.decode().splitlines()) and len(lines) == 2 and got.headers["Content-Type"].startswith("text/plain")
+    with socket.create_connection(("127.0.0.1", zoo.port), 10) as s:
+        s.sendall(b"GET /api/services/gone/logs?follow=true&tail=10 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        said = b""
+        while b"three" not in said:
+            said += (chunk := s.recv(4096))
+            assert chunk
+        reading = [c for c in zoo.rig.calls("spark2") if "docker logs" in c["command"] and " -f " in c["command"]]
+        assert len(reading) == 1 and os.path.exists(f"/proc/{reading[0]['pid']}")
+        followers = lambda: [pid for pid in zoo.rig._processes("RIG_SPARK=spark2") if b"\0logs\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert followers()
+    until(lambda: not os.path.exists(f"/proc/{reading[0]['pid']}"), what="the end of what nobody reads")
+    until(lambda: not followers(), what="the end of it on the Spark")
+    for name, status, code in (("hidden", 404, "unknown_service"), ("nothing", 404, "unknown_service"), ("asr", 409, "no_container")):
+        got = zoo.get(f"/api/services/{name}/logs")
+        assert (got.status, got.code) == (status, code), name
+    zoo.rig.sh("spark2", "docker rm -f asr")
+    got = zoo.get("/api/services/gone/logs")
+    assert (got.status, got.code) == (502, "logs_failed") and "No such" in got.json["error"]["message"]
+    assert b"ended: exit code 1" in zoo.get("/api/services/gone/logs?follow=true").body
+
+
+def test_a_built_in_service_has_a_tile_once_it_was_seen_and_a_strangers_port_is_not_taken_for_it(tmp_path, monkeypatch):
+    stub, other = Stub(dict(STUBS["tts"][0]), "127.0.0.1"), Stub(STUBS["embeddings"][0] | STUBS["http"][0], "127.0.0.1")
+    monkeypatch.setattr(sc, "BUILTINS", (("kokoro", "tts", stub.port), ("qdrant", "qdrant", stub.port), ("embeddings", "embeddings", other.port)))
+    (tmp_path / "m.yaml").write_text("models: {}")
+    (tmp_path / "s.yaml").write_text(f"services: {{mine: {{kind: http, host: spark1, port: {other.port}}}}}")
+    store = sc.ConfigStore(sc.parse_settings({"SPARK1_HOST": "local", "POLL_SECONDS": "1"}),
+                           {"models": str(tmp_path / "m.yaml"), "services": str(tmp_path / "s.yaml"), "overrides": "/nowhere"})
+    app = sc.App(store, str(tmp_path))
+    states = lambda: {t["name"]: t["state"] for t in app.state()["services"]}
+    try:
+        app.start()
+        until(lambda: states() == {"kokoro": "serving", "mine": "serving"} and len(other.got) > 2)
+        assert {path for _, path, _, _ in other.got} == {"/"}
+        stub.close()
+        until(lambda: states()["kokoro"] == "down")
+    finally:
+        app.close()
+        other.close()
+
+
+def test_counters_that_begin_again_are_no_negative_rate_and_a_frozen_engine_is_counted():
+    told = sc.parse_vllm_metrics('vllm:num_requests_running{engine="0",model_name="a } 9"} 2.0\nvllm:num_requests_running{engine="1"} 1\n'
+                                 'vllm:generation_tokens_total{x="y"} 1e+03\nvllm:kv_cache_usage_perc NaN\nvllm:prompt_tokens_total 7 \nrubbish 1\n')
+    assert told == {"running": 3.0, "generation_tokens": 1000.0}
+    first = sc.vitals_after(None, told, 10.0)
+    assert first.facts == {"running": 3.0} and first.frozen == 0
+    second = sc.vitals_after(first, {**told, "generation_tokens": 1100.0}, 20.0)
+    assert second.facts["tokens_per_s"] == 10.0 and second.frozen == 0
+    assert sc.vitals_after(second, {**told, "generation_tokens": 50.0}, 30.0).facts["tokens_per_s"] == 5.0
+    assert sc.vitals_after(second, second.told, 30.0).frozen == 1 and sc.vitals_after(second, {**second.told, "running": 0}, 30.0).frozen == 0
+
+
+def test_an_engine_that_holds_requests_and_makes_no_token_is_wedged_until_it_makes_one(rig, start, tmp_path, monkeypatch):
+    stub = Stub({"/health": (200, b""), "/v1/models": (200, {"data": [{"id": "alpha"}]}), "/v1/completions": (500, {"error": {}})}, "127.0.0.1")
+    counted = lambda running, tokens: stub.answers.update({"/metrics": (200, (
+        f"vllm:num_requests_running {running}\nvllm:prompt_tokens_total 5\nvllm:generation_tokens_total {tokens}\n").encode())})
+    counted(0, 100)
+    rig.control("spark1", "nvidia.json", json.dumps({"power.draw": "88.1"}))
+    p = start(rig_env(rig, tmp_path, VLLM_PORT=str(stub.port)), args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    until(lambda: serves(p)["state"] == "serving" and (spark_state(p)["spark1"]["gpu"] or {}).get("power_w") == 88)
+    posts = lambda: [r for r in stub.got if r[0] == "POST"]
+    asked = lambda: len([r for r in stub.got if r[1] == "/metrics"])
+    counted(2, 100)
+    before = asked()
+    until(lambda: asked() > before + 5)
+    assert serves(p)["state"] == "serving" and not posts()          # it draws power: it works, on a long prompt, say
+    rig.control("spark1", "nvidia.json", "{}")
+    rig.control("spark2", "nvidia.json", "{}")
+    until(lambda: serves(p)["state"] == "wedged")
+    assert len(posts()) == 1 and "engine_wedged" in kinds(p) and p.running() is None and serves(p)["served_id"] == "alpha"
+    counted(2, 101)
+    until(lambda: serves(p)["state"] == "serving")
+    assert kinds(p)[:2].count("engine_recovered") == 1
+    stub.answers["/v1/completions"] = OK                             # idle and slow, and alive
+    before = asked()
+    until(lambda: len(posts()) > 1 and asked() > before + 5)
+    assert serves(p)["state"] == "serving"
+    stub.close()
+
+
+def test_rings_are_bounded_and_a_minute_is_the_mean_of_what_is_known():
+    h = sc.History()
+    for second in range(0, 30 * 3600, 5):
+        h.add(1_800_000_000 + second, {("sparks", "spark1"): (100.0, None if second % 10 else 50.0, 3.0, None), ("slots", "main"): (1, 0, 0.5, 10.0)})
+    now = 1_800_000_000 + 30 * 3600
+    fine, coarse = h.read(now, 60), h.read(now, 1440)
+    assert [len(ring) for ring in h._rings["sparks", "spark1"]] == [720, 1440, 12] and len(fine["sparks"]["spark1"]["at"]) == 720 and fine["sparks"]["spark1"]["gpu_busy"][-2:] == (50.0, None)
+    told = coarse["sparks"]["spark1"]
+    assert 1400 < len(told["at"]) <= 1440 and set(told["gpu_busy"]) == {50.0} and set(told["temperature_c"]) == {None} and told["hours"][-1]["gpu_busy"] == 50.0
+    assert coarse["slots"]["main"]["tokens_per_s"][0] == 10.0 and len(h.read(now, 5)["sparks"]["spark1"]["at"]) == 60
+    h.add(now + 2 * 86400, {("sparks", "spark2"): (1, 2, 3, 4)})
+    assert list(h.read(now + 2 * 86400, 60)["sparks"]) == ["spark2"]
+
+
+def test_the_history_fills_at_the_pace_of_the_looks(two):
+    got = until(lambda: (h := two.get("/api/history?minutes=5").json)["sparks"].get("spark1", {}).get("power_w", [None])[-1] and h)
+    assert got["sparks"]["spark1"]["available_gb"][-1] == 114.4 and len(got["sparks"]["spark1"]["at"]) == len(got["sparks"]["spark1"]["gpu_busy"])
+    assert two.get("/api/history?minutes=0").status == 422
+
+
+def told_names(text):
+    return {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+
+
+def test_metrics_are_what_an_independent_parser_takes_and_the_readme_names_them(two):
+    assert two.swap("alpha").status == 200 and two.get("/nothing").status == 404
+    two.post("/api/swap", {"model": "nothing"})
+    until(lambda: (spark_state(two)["spark1"]["ledger"] or {}).get("engines") and serves(two)["facts"].get("running") is not None)
+    got = two.get("/metrics")
+    text = got.body.decode()
+    assert got.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8" and text.endswith("\n")
+    table = README[README.index("| metric |"):]
+    assert told_names(text) == set(re.findall(r"`(sparkctl_\w+)", table[:table.index("\n\n")]))
+    with contextlib.suppress(ImportError):
+        from prometheus_client.parser import text_string_to_metric_families
+        values = {(s.name, *sorted(s.labels.items())): s.value for family in text_string_to_metric_families(text) for s in family.samples}
+        assert values["sparkctl_slot_up", ("model", "alpha"), ("slot", "main")] == 1 and values["sparkctl_swaps_total", ("outcome", "complete")] == 1
+        assert values["sparkctl_spark_memory_bytes", ("name", "main"), ("part", "engines"), ("spark", "spark1")] > 18 << 30
+        assert values["sparkctl_http_requests_total", ("method", "POST"), ("status", "404")] == 1 and values["sparkctl_swap_phase_seconds_count", ("phase", "loading")] == 1
+        assert values["sparkctl_http_request_seconds_bucket", ("le", "+Inf")] == values["sparkctl_http_request_seconds_count",] > 2
+        return
+    need(False, "prometheus_client")
+
+
+def test_what_is_named_in_a_metric_may_be_hostile():
+    said = sc.prometheus([("sparkctl_x", "gauge", "help", [("", {"a": 'b"\\\n\u202e\ud800'}, 1), ("", {}, None), ("_y", {}, float("inf"))])]).decode()
+    assert said == '# HELP sparkctl_x help\n# TYPE sparkctl_x gauge\nsparkctl_x{a="b\\"\\\\\\n\u202e?"} 1.0\nsparkctl_x_y +Inf\n'
+
+
+def test_of_a_spark_that_freezes_during_a_swap_the_last_seconds_are_kept_with_the_swap(two):
+    two.rig.behave("spark1", "alpha", load=60)
+    until(lambda: spark_state(two)["spark1"]["state"] == "ok")
+    swap = two.post("/api/swap", {"model": "alpha"}).json
+    two.phase("loading")
+    light = lambda: [c for c in two.rig.calls("spark1") if "@gpu" in c["command"] and "@docker" not in c["command"]]
+    until(lambda: len(light()) > 1)
+    two.rig.control("spark1", "meminfo", MEMINFO.replace("120000000", "  1048576"))
+    before = len(light())
+    until(lambda: len(light()) > before + 1)
+    two.rig.control("spark1", "down")
+    until(lambda: spark_state(two)["spark1"]["state"] == "unreachable")
+    two.rig.control("spark1", "meminfo", MEMINFO)
+    two.rig.clear("spark1", "down")
+    until(lambda: spark_state(two)["spark1"]["memory"] == {"total_gb": 121.7, "available_gb": 114.4, "swap_free_gb": None, "pressure": None})
+    before = len(light())                       # what it tells when it is back does not push out what it told before
+    until(lambda: len(light()) > before + 1)
+    two.call("DELETE", f"/api/swap/{swap['id']}")
+    two.idle()
+    box = two.get(f"/api/swap/{swap['id']}").json["blackbox"]
+    assert list(box) == ["spark1"] and box["spark1"]["lost_at"] and 1 < len(box["spark1"]["samples"]) <= 60
+    assert box["spark1"]["samples"][-1]["available_gb"] == 1.0 and box["spark1"]["samples"][-1]["power_w"] == 3.42
+    assert two.restart().get(f"/api/swap/{swap['id']}").json["blackbox"] == box
+    two.rig.behave("spark1", "alpha", load=0.3)
+    assert two.swap("alpha").status == 200 and two.get("/api/swap").json["recent"][0]["id"] != swap["id"]
+    assert two.get(f"/api/swap/{two.get('/api/swap').json['recent'][0]['id']}").json["blackbox"] is None
+
+
+def test_a_spark_that_hangs_delays_no_long_poll_no_request_and_no_swap_of_another(rig, start, tmp_path):
+    env = rig_env(rig, tmp_path)
+    (tmp_path / "services.yaml").write_text(f"slots: {{main: {{hosts: [spark1], port: {rig.port}, container: vllm_node}}}}\n"
+                                            "services: {far: {kind: http, host: spark2, port: 9, container: far}}")
+    p = start(env, args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    until(lambda: {s["state"] for s in spark_state(p).values()} == {"ok"})
+    assert p.swap("alpha").status == 200
+    rig.control("spark2", "freeze")
+    until(lambda: spark_state(p)["spark2"]["state"] == "stale", 30)
+    assert "has not answered since" in spark_state(p)["spark2"]["detail"] and spark_state(p)["spark1"]["state"] == "ok"
+
+    def timed(call, *args, **more):
+        began = time.monotonic()
+        return call(*args, **more), time.monotonic() - began
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:     # ssh needs 10 s to see that it hangs: what waited for it would take longer than 8
+        asks = [pool.submit(timed, p.post, "/v1/completions", {"prompt": "hi", "max_tokens": 1}) for _ in range(40)]
+        logs = pool.submit(p.get, "/api/services/far/logs")
+        poll = pool.submit(timed, p.get, f"/api/state?since={p.get('/api/state').json['version']}&wait=50")
+        lock(p)
+        assert poll.result(20)[1] < 8
+        assert all(got.status == 200 and took < 8 for got, took in (a.result(30) for a in asks))
+        got, took = timed(p.call, "POST", "/api/swap?wait=60&force=true", {"model": "beta"})
+        assert got.json["phase"] == "ready" and took < 8 and spark_state(p)["spark2"]["state"] != "ok"
+        rig.clear("spark2", "freeze")
+        logs.result(60)
 
 
 # === 13 data path =============================================================
@@ -4723,7 +5145,9 @@ def main():
             os.dup2(err_w, 2)
             os.closerange(3, 256)
             os.chdir(env["HOME"])
-            command = command.replace("/proc/meminfo", home + "/meminfo")       # each Spark has memory of its own
+            command = command.replace("/proc/meminfo", home + "/meminfo")       # each Spark has memory and sensors of its own
+            for path in ("/proc/pressure", "/proc/loadavg", "/proc/uptime", "/proc/$p", "/sys/"):
+                command = command.replace(path, home + path)
             os.execve("/bin/sh", ["sh", "-c", command] if command else ["sh"], env)
         finally:
             os._exit(127)
@@ -5797,15 +6221,43 @@ except OSError:
 os._exit(code or 0)
 '''
 
-NVIDIA_SMI = r'''#!/bin/sh
-# Stand-in for nvidia-smi on a GB10, which tells no memory but that of processes.
-[ ! -f "@ROOT@/sparks/$RIG_SPARK/nvidia_hangs" ] || exec sleep 60
-case "$*" in
-    *query-compute-apps=pid,used_memory,process_name*) cat "@ROOT@/sparks/$RIG_SPARK/gpu_processes" 2>/dev/null ;;
-    *query-gpu=driver_version*) cat "@ROOT@/sparks/$RIG_SPARK/driver" 2>/dev/null || echo 580.126.09 ;;
-    *query-gpu=*memory*) echo "[N/A], [N/A], [N/A]" ;;
-    *) echo "| N/A   36C    P8              3W /  N/A  | Not Supported          |      0%      Default |" ;;
-esac
+NVIDIA_SMI = r'''#!@PYTHON@ -SE
+# Stand-in for nvidia-smi on a GB10: no memory of the GPU as a whole, but that of each process. <spark>/nvidia.json says more.
+import json, os, sys, time
+SPARK = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+while os.path.exists(SPARK + "/nvidia_hangs") and os.path.exists(SPARK):
+    time.sleep(0.02)
+try:
+    how = json.load(open(SPARK + "/nvidia.json"))
+except OSError:
+    how = {}
+if how.get("fails"):
+    print("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that the latest NVIDIA driver is installed and running.")
+    sys.exit(9)
+asked = dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
+if "--query-gpu" in asked:
+    known = {"name": "NVIDIA GB10", "driver_version": "580.126.09", "utilization.gpu": 0, "power.draw": "3.42", "temperature.gpu": 36,
+             "clocks.current.sm": 208, "utilization.memory": 0, **how}
+    print(", ".join(str(known.get(q, "[N/A]")) for q in asked["--query-gpu"].split(",")))
+else:
+    rows = how.get("apps")
+    if os.path.exists(SPARK + "/gpu_processes"):
+        print(open(SPARK + "/gpu_processes").read(), end="")
+        rows = []
+    if rows is None:
+        rows = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                env = open("/proc/%s/environ" % pid, "rb").read().split(b"\0")
+                if b"RIG_SPARK=" + os.path.basename(SPARK).encode() in env and SPARK.encode() + b"/bin/vllm" in open("/proc/%s/cmdline" % pid, "rb").read():
+                    rows.append([int(pid), how.get("mib", 19135)])
+                    os.makedirs(SPARK + "/proc/" + pid, exist_ok=True)
+                    full = [e[14:].decode() for e in env if e.startswith(b"RIG_CONTAINER=")]
+                    open(SPARK + "/proc/%s/cgroup" % pid, "w").write("0::/system.slice/%s\n" % ("docker-%s.scope" % full[0] if full else "ssh.service"))
+            except OSError:
+                pass
+    for row in rows:
+        print("%s, %s" % tuple(row))
 '''
 
 JOURNALCTL = r'''#!/bin/sh
