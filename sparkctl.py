@@ -5655,7 +5655,7 @@ class App:
         running, recent = self.swaps.book.running, self.swaps.recent
         schedules, conflicts = self.schedules.view()
         return {"version": version, "now": utc(), "demo": self.demo,
-                "warnings": [*self.exposed(), *config.settings.warnings, *map(str, config.problems), *self.warnings],
+                "warnings": [*config.settings.warnings, *map(str, config.problems), *self.exposed(), *self.warnings],
                 "sparks": [{"name": s.name, "host": s.host, **self.monitor.spark(s.name).public()} for s in config.sparks.values()],
                 "slots": list(self.slots(config)), "models": self.models(config),
                 "services": self.tiles(config),
@@ -6808,7 +6808,7 @@ def serve(store, data_dir, allow_root, demo):
         signal.signal(number_, lambda *_: None)
     app.start()
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-    for warning in (*app.exposed(), *settings.warnings, *map(str, store.current.problems), *app.warnings):
+    for warning in (*settings.warnings, *map(str, store.current.problems), *app.exposed(), *app.warnings):
         log(f"warning: {warning}")
     print(f"sparkctl {VERSION} on {Endpoint(*server.server_address[:2]).url}/", flush=True)
     told.recv(1)
