@@ -1735,6 +1735,9 @@ class Probe(NamedTuple):
     detail: str = ""
 
 
+TLS = functools.cache(ssl.create_default_context)       # reads the system's certificates once
+
+
 class Endpoint(NamedTuple):
     host: str
     port: int
@@ -1754,7 +1757,7 @@ class Endpoint(NamedTuple):
                  f"Content-Length: {len(body)}", *([f"Authorization: Bearer {self.key}"] if self.key else [])]
         with contextlib.ExitStack() as stack:
             s = stack.enter_context(socket.create_connection((self.host, self.port), min(timeout_s, 5)))
-            s = stack.enter_context(ssl.create_default_context().wrap_socket(s, server_hostname=self.host)) if self.tls else s
+            s = stack.enter_context(TLS().wrap_socket(s, server_hostname=self.host)) if self.tls else s
             s.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + body)
             while len(data) < 4 << 20:
                 s.settimeout(max(0.001, min(0.1, deadline - time.monotonic())))
@@ -1818,6 +1821,7 @@ def why_silent(e):
     if getattr(e, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         return "unknown", "sparkctl itself ran out of file descriptors or memory"
     told = {ConnectionRefusedError: ("down", "connection refused"), TimeoutError: ("unreachable", "no answer in time"),
+            ssl.SSLCertVerificationError: ("unknown", "nobody vouches for its certificate"),
             ConnectionResetError: ("down", "hangs up"), http.client.RemoteDisconnected: ("down", "hangs up")}
     return told.get(type(e), ("unreachable", "no answer") if isinstance(e, OSError) else ("unknown", "what answers is not HTTP"))
 
@@ -2080,7 +2084,7 @@ class Swap:
 
     def public(self):
         """The shape of the API."""
-        own = ("plan", "previous", "since", "touched", "cancelling", "ending", "fraction", "text", "phase_began", "blackbox")
+        own = ("plan", "previous", "since", "touched", "cancelling", "ending", "fraction", "text", "phase_began")
         got = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own}
         got["phases"] = [{"phase": p, "started_at": at, "seconds": s} for p, at, s in self.phases]
         got["progress"] = {"fraction": round(self.fraction, 4), "text": self.text}
@@ -6055,7 +6059,7 @@ def get_swap(app, r):
     over = lambda: swap().phase in TERMINAL or swap().seq > since
     if not over():
         app.poll(r, over, r.query.get("wait", 0))
-    return 200, {**swap().public(), "blackbox": swap().blackbox}
+    return 200, swap().public()
 
 
 def stream_swap(app, r):
