@@ -1583,10 +1583,10 @@ def test_the_end_of_a_chunked_body_is_found_however_it_is_cut_up(cut):
     for _ in range(200):
         chunks = [bytes(rng.choice(b"0\r\n;a") for _ in range(rng.randint(1, 30))) for _ in range(rng.randint(0, 5))]
         body = b"".join(b"%x\r\n%s\r\n" % (len(c), c) for c in chunks) + b"0\r\n\r\n"
-        end, got, data = sc.BodyEnd(None, True), b"", body + b"NEXT"
+        end, got, data = sc.BodyEnd(None, True, keep=True), b"", body + b"NEXT"
         for i in range(0, len(data), cut):
             if not end.done:
-                got += end.take(data[i:i + cut], keep=True)
+                got += end.take(data[i:i + cut])
         assert end.done and got == body and end.data == b"".join(chunks)
 
 
