@@ -32,7 +32,7 @@ running swap, alone, with a short-lived pool for Sparks asked at once; `lease` e
 what is due, in a thread `job` each; `webhook` delivers, one a receiver; `config` re-reads the YAML files; `spark-NAME`
 and `slot-NAME` poll, one each, so that a dead Spark delays only itself; `follow` reads an engine's log during a swap.
 Locks: Arbiter._lock guards the one decision who may start what, and is held until the journal has it; Hub.changed the
-version that long-polls wait on; Gate._cond the holding and counting of requests; Events._lock, SwapLog._lock and
+version that long-polls wait on; Gate._lock the holding and counting of requests; Events._lock, SwapLog._lock and
 Register._lock a list and its file; Webhooks._lock deliveries and queues; Jobs._lock which jobs run; Monitor._lock what
 the slots' polls last saw; Hosts._lock the resolved addresses; Server._idle the count of replies in flight. No lock is held
 across ssh, HTTP or sleep, and no two at once. What is published is immutable and replaced whole: readers take no lock.
@@ -1994,14 +1994,15 @@ class Gate:
     """Counts requests in flight per slot, holds new ones while the slot swaps, and then lets them go one after the other."""
 
     def __init__(self):
-        self._cond = threading.Condition()
-        self._held = set()                                  # guarded by _cond
-        self._inflight = collections.Counter()              # guarded by _cond
-        self._lines = collections.defaultdict(list)         # guarded by _cond; slot -> tickets of those who wait for a swap
-        self._due = {}                                      # guarded by _cond; slot -> tickets whose turn comes, the first one first
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._held = set()                                  # guarded by _lock
+        self._inflight = collections.Counter()              # guarded by _lock
+        self._lines = collections.defaultdict(list)         # guarded by _lock; slot -> tickets of those who wait for a swap
+        self._due = {}                                      # guarded by _lock; slot -> tickets whose turn comes, the first one first
 
     def hold(self, slot):
-        with self._cond:
+        with self._lock:
             self._held.add(slot)
             due = self._due.pop(slot, [])
             self._lines[slot][:0] = due
@@ -2009,7 +2010,7 @@ class Gate:
                 ticket.clear()
 
     def release(self, slot):
-        with self._cond:
+        with self._lock:
             self._held.discard(slot)
             self._due[slot] = self._due.get(slot, []) + self._lines.pop(slot, [])
             self._next_locked(slot)
@@ -2021,12 +2022,12 @@ class Gate:
             self._due.pop(slot, None)
 
     def is_held(self, slot):
-        with self._cond:
+        with self._lock:
             return slot in self._held
 
     def enter(self, slot, ticket=None):
         """Count one request in -> whether it may go: the slot is not held, and nobody's turn comes before."""
-        with self._cond:
+        with self._lock:
             due = self._due.get(slot)
             free = slot not in self._held and (not due or due[0] is ticket)
             if free:
@@ -2036,7 +2037,7 @@ class Gate:
     def queue(self, slot, later):
         """Stand in line -> a ticket, an Event that is set when its turn comes. later: wait for a swap's end in any case."""
         ticket = threading.Event()
-        with self._cond:
+        with self._lock:
             due = self._due.get(slot)
             (due if due and not later else self._lines[slot]).append(ticket)
             if not (due or later or slot in self._held):    # it was released a moment ago
@@ -2045,7 +2046,7 @@ class Gate:
 
     def step_out(self, slot, ticket):
         """The request of that ticket is on its way, or given up: it is the next one's turn."""
-        with self._cond:
+        with self._lock:
             for line in (self._lines[slot], self._due.get(slot, [])):
                 if ticket in line:
                     line.remove(ticket)
@@ -2053,24 +2054,24 @@ class Gate:
                 self._next_locked(slot)
 
     def leave(self, slot):
-        with self._cond:
+        with self._lock:
             self._inflight[slot] -= 1
             if slot in self._held:
-                self._cond.notify_all()
+                self._wake.notify_all()
 
     def counts(self, slot):
         """(in flight, held)."""
-        with self._cond:
+        with self._lock:
             return self._inflight[slot], len(self._lines.get(slot, ())) + len(self._due.get(slot, ()))
 
     def drain(self, slot, timeout_s, cancel):
         """Wait until nothing is in flight -> how many still are. Raises Cancelled."""
         deadline = time.monotonic() + timeout_s
-        with self._cond:
+        with self._wake:
             while self._inflight[slot] and (left := deadline - time.monotonic()) > 0:
                 if cancel.is_set():
                     raise Cancelled()
-                self._cond.wait(min(left, 0.1))
+                self._wake.wait(min(left, 0.1))
             return self._inflight[slot]
 
 
@@ -3708,6 +3709,7 @@ VALUE = r"[^\x00-\x08\x0a-\x1f\x7f]*"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]{{1,8000}}) HTTP/1\.([01])".encode())
 FIELD = re.compile(rf"({TOKEN}):[ \t]*({VALUE}?)[ \t]*".encode())
 REPLY = re.compile(rf"HTTP/1\.([01]) ([2-5]\d\d)(?: {VALUE})?((?:\r\n{TOKEN}:{VALUE})*)".encode())
+LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]{1,15})(?=\r\n|\Z)")
 FRAMING = re.compile(rb"(?i)\r\n(content-length|transfer-encoding|connection|content-type|retry-after):[ \t]*([^\r]*)")
 
 
@@ -3768,27 +3770,51 @@ def model_of_form(data, content_type):
     return None
 
 
-USAGE = re.compile(rb'[,{]\s*"usage"\s*:\s*\{')         # never inside text that a model wrote: there a quote follows a backslash
 COUNTED = re.compile(rb'"(prompt|input|completion|output)_tokens"\s*:\s*(\d{1,9})\b')
 
 
 def tokens_of(tail):
     """The end of a reply or stream -> (prompt tokens, completion tokens), None where its `usage` does not tell. Pure."""
-    found = None
-    for found in USAGE.finditer(tail):
-        pass
-    got = {} if found is None else {k: int(n) for k, n in reversed(COUNTED.findall(tail, found.end(), found.end() + 600))}
-    return got.get(b"prompt", got.get(b"input")), got.get(b"completion", got.get(b"output"))
+    at = tail.rfind(b'"usage"') + 7             # in text that a model wrote a backslash would stand before the second quote
+    if at < 7 or not tail[at:at + 4].lstrip(b": ").startswith(b"{"):
+        return None, None
+    got = dict(reversed(COUNTED.findall(tail, at, at + 600)))
+    return tuple(int(n) if n else None for n in (got.get(b"prompt", got.get(b"input")), got.get(b"completion", got.get(b"output"))))
+
+
+class Asked(NamedTuple):
+    """One request that was answered; what follows seconds only of one to /v1 that could be read."""
+    at: float                   # Unix time of its end
+    client: str
+    asked: str                  # method and path
+    status: int
+    size: int                   # bytes of the reply's body
+    seconds: float
+    id: str
+    model: str | None = None    # as asked for; "": none was named
+    where: str | None = None    # the slot or service that answered
+    served: str = ""            # the model that was served there
+    first: float = 0.0          # seconds to the first byte; 0: none came
+    streams: bool = False
+    tail: bytes = b""           # the end of the reply, for its `usage`
+
+    def public(self):
+        prompt, completion = tokens_of(self.tail)
+        spent = self.seconds - self.first if self.streams else self.seconds
+        return {"time": utc(self.at - self.seconds), "id": self.id, "client": self.client, "model": printable(self.model, 200) or None,
+                "served_by": self.where, "route": self.asked.partition(" ")[2], "status": self.status, "bytes": self.size,
+                "first_byte_seconds": round(self.first, 6) or None, "seconds": round(self.seconds, 6), "prompt_tokens": prompt,
+                "completion_tokens": completion, "tokens_per_second": round(completion / spent, 1) if completion and spent > 0 else None}
 
 
 class Activity:
     """What was asked lately and how that went: the last 500 /v1 requests, counters since the start, and the log of requests.
 
-    Whoever answers a request appends one tuple, and that is all it costs there; the thread `access` counts, and writes
-    the log, a moment later, and whoever wants to read does so at once.
+    Whoever answers a request appends what it knows, and that is all it costs there; the thread `access` counts and
+    writes the log a moment later, a few at a time, and so does whoever reads.
     """
 
-    KEEP, AFTER_S, MOST = 500, 0.2, 20_000
+    KEEP, AFTER_S, MOST, STEP = 500, 0.2, 20_000, 10
     BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)            # seconds
 
     def __init__(self):
@@ -3796,9 +3822,8 @@ class Activity:
         self._wake, self._closing = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._recent = collections.deque(maxlen=self.KEEP)  # guarded by _lock; newest last
-        self._counts = {}                                   # guarded by _lock; (model, route) -> what families() shows
-        self._thread = forever("access", self._closing, self._step)
-        self._thread.start()
+        self._counts = {}                                   # guarded by _lock; (model, method and path) -> {what: how much}
+        forever("access", self._closing, self._step).start()
 
     def close(self):
         """Count and write what is left; nothing is lost at a normal end."""
@@ -3813,8 +3838,7 @@ class Activity:
         self.drain()
 
     def add(self, row):
-        """row: Unix time of the end, client, what was asked, status, bytes, seconds, id, then of a /v1 request (else None)
-        the model's name as asked, where it went, the id served there, seconds to the first byte, whether it streamed, its tail."""
+        """row: the fields of an Asked."""
         self._new.append(row)
         if not self._wake.is_set():
             self._wake.set()
@@ -3822,55 +3846,55 @@ class Activity:
             self.drain()
 
     def drain(self):
-        lines = []
-        with self._lock, contextlib.suppress(IndexError):
-            while True:
-                at, client, asked, status, size, seconds, key, *proxied = self._new.popleft()
-                lines.append(f"{utc(at)} {client} {asked[:300]} {status} {size} B {seconds * 1000:.1f} ms {key}")
-                if proxied:
-                    self._count_locked(at, client, asked.partition(" ")[2], status, size, seconds, key, *proxied)
+        lines, second, shown = [], None, ""
+        while self._new:
+            with self._lock, contextlib.suppress(IndexError):           # another thread was quicker
+                for _ in range(self.STEP):
+                    row = self._new.popleft()
+                    if int(row[0]) != second:
+                        second, shown = int(row[0]), utc(int(row[0]))[:-4]
+                    lines.append(f"{shown}{int(row[0] % 1 * 1000):03}Z {row[1]} {row[2][:300]} {row[3]} {row[4]} B {row[5] * 1000:.1f} ms {row[6]}")
+                    if len(row) > 7:
+                        self._recent.append(row)
+                        self._count_locked(*row)
+            time.sleep(0)                       # whoever waits to go on with a reply goes first
         if lines:
             with contextlib.suppress(OSError, ValueError):
                 print("\n".join(lines), file=sys.stderr, flush=True)
 
-    def _count_locked(self, at, client, route, status, size, seconds, key, name, where, served, first, streamed, tail):
-        prompt, completion = tokens_of(tail)
-        spent = seconds - first if streamed and first else seconds
-        self._recent.append({
-            "time": utc(at - seconds), "id": key, "client": client, "model": printable(name, 200) if name else None, "served_by": where or None,
-            "route": route, "status": status, "bytes": size, "first_byte_seconds": round(first, 6) if first else None, "seconds": round(seconds, 6),
-            "prompt_tokens": prompt, "completion_tokens": completion,
-            "tokens_per_second": round(completion / spent, 1) if completion and spent > 0 else None})
+    def _count_locked(self, at, client, asked, status, size, seconds, key, model, where, served, first, streams, tail):
         # a model that is not served counts under no name: clients may make up as many as they like
-        count = self._counts.setdefault((served or "", route), collections.Counter())
-        count.update({("status", status): 1, "bytes": size, "prompt": prompt or 0, "completion": completion or 0, "seconds": seconds,
-                      ("seconds", bisect.bisect_left(self.BUCKETS, seconds)): 1})
-        if first:
-            count.update({"first": first, ("first", bisect.bisect_left(self.BUCKETS, first)): 1})
+        count = self._counts.get((served, asked)) or self._counts.setdefault((served, asked), collections.defaultdict(int))
+        prompt, completion = tokens_of(tail)
+        for what, by in (("bytes", size), ("seconds", seconds), (status, 1), (("seconds", bisect.bisect_left(self.BUCKETS, seconds)), 1),
+                         ("prompt", prompt), ("completion", completion), ("first", first),
+                         (("first", bisect.bisect_left(self.BUCKETS, first)), 1 if first else 0)):
+            if by:
+                count[what] += by
 
     def recent(self):
         """The last requests, newest first."""
         self.drain()
         with self._lock:
-            return list(self._recent)[::-1]
+            rows = list(self._recent)
+        return [Asked(*row).public() for row in reversed(rows)]
 
     def families(self):
         """(name, type, help, [(suffix, labels, number)]) of everything counted, as Prometheus wants it."""
         self.drain()
         with self._lock:
-            counts = {key: dict(count) for key, count in sorted(self._counts.items())}
-        rows = [({"model": model, "route": route}, count) for (model, route), count in counts.items()]
+            rows = [({"model": model, "route": asked.partition(" ")[2]}, dict(count)) for (model, asked), count in sorted(self._counts.items())]
         yield ("sparkctl_requests_total", "counter", "requests to /v1 by the model that served them", [
-            ("", {**labels, "status": str(k[1])}, n) for labels, count in rows for k, n in count.items() if k[0] == "status"])
-        for field, name, told in (("bytes", "reply_bytes", "bytes of replies"), ("prompt", "prompt_tokens", "tokens of prompts, where replies told"),
-                                  ("completion", "completion_tokens", "tokens that were generated, where replies told")):
-            yield f"sparkctl_{name}_total", "counter", told, [("", labels, count[field]) for labels, count in rows]
-        for field, name, told in (("seconds", "request_seconds", "time to the end of a reply"), ("first", "first_byte_seconds", "time to its first byte")):
+            ("", {**labels, "status": str(what)}, n) for labels, count in rows for what, n in count.items() if isinstance(what, int)])
+        for what, name, told in (("bytes", "reply_bytes", "bytes of replies"), ("prompt", "prompt_tokens", "tokens of prompts, where replies told"),
+                                 ("completion", "completion_tokens", "tokens that were generated, where replies told")):
+            yield f"sparkctl_{name}_total", "counter", told, [("", labels, count.get(what, 0)) for labels, count in rows]
+        for what, name, told in (("seconds", "request_seconds", "time to the end of a reply"), ("first", "first_byte_seconds", "time to its first byte")):
             samples = []
             for labels, count in rows:
-                below = list(itertools.accumulate(count.get((field, i), 0) for i in range(len(self.BUCKETS) + 1)))
+                below = list(itertools.accumulate(count.get((what, i), 0) for i in range(len(self.BUCKETS) + 1)))
                 samples += [("_bucket", {**labels, "le": le}, n) for le, n in zip([*map(str, self.BUCKETS), "+Inf"], below)]
-                samples += [("_sum", labels, count.get(field, 0)), ("_count", labels, below[-1])]
+                samples += [("_sum", labels, count.get(what, 0)), ("_count", labels, below[-1])]
             yield f"sparkctl_{name}", "histogram", told, samples
 
 
@@ -3977,27 +4001,44 @@ class BodyEnd:
         return data
 
 
+class ReplyHead(NamedTuple):
+    status: int
+    lines: bytes                # to pass on, each with the line end before it
+    length: int | None
+    chunked: bool
+    again: bool                 # whether the connection can be used again
+    streams: bool               # server-sent events
+    retry: bytes                # Retry-After, or blank
+
+
+@functools.lru_cache(256)
+def parse_reply_rest(head):
+    """A reply's head without its Content-Length -> ReplyHead; many are the same within a second, so they are kept. Raises ValueError."""
+    m = REPLY.fullmatch(head)
+    require(m, "malformed status line or header field")
+    status, fields, found = int(m[2]), m[3], {}
+    for name, value in FRAMING.findall(fields):
+        name, value = name.lower(), value.strip(b" \t").lower()
+        require(found.setdefault(name, value) == value and name != b"content-length", "ambiguous framing")
+    coding, connection = found.get(b"transfer-encoding"), found.get(b"connection", b"")
+    require(coding in (None, b"chunked"), "a Transfer-Encoding that we do not know")
+    lines = DROPPED.sub(b"", fields)
+    if connection not in (b"", b"close", b"keep-alive"):
+        lines = dropper(n.strip() for n in connection.decode("latin-1").split(",") if n.strip()).sub(b"", lines)
+    return ReplyHead(status, lines, None, coding is not None and status not in (204, 304), m[1] == b"1" and b"close" not in connection,
+                     found.get(b"content-type", b"").startswith(b"text/event-stream"), found.get(b"retry-after", b""))
+
+
 def parse_reply_head(head):
-    """b'HTTP/1.1 200 OK...' without the blank line -> (status, header lines to pass on, BodyEnd, whether it can be used again,
-    {name: value} of what framing and errors need). Raises ValueError.
+    """b'HTTP/1.1 200 OK...' without the blank line -> ReplyHead. Raises ValueError.
 
     As strict as parse_head: an engine must not be able to put words into our mouth.
     """
-    m = REPLY.fullmatch(head)
-    require(m, "malformed status line or header field")
-    status, found, framing = int(m[2]), FRAMING.findall(m[3]), {}
-    for name, value in found:
-        name, value = name.lower(), value.strip(b" \t")
-        require(framing.setdefault(name, value) == value or name not in (b"content-length", b"transfer-encoding"), "ambiguous framing")
-    length, coding, connection = framing.get(b"content-length"), framing.get(b"transfer-encoding"), framing.get(b"connection", b"").lower()
-    require(coding is None or coding.lower() == b"chunked" and length is None, "ambiguous framing")
-    require(length is None or len(length) < 16 and length.isdigit(), "bad Content-Length")
-    fields = DROPPED.sub(b"", m[3])
-    if connection not in (b"", b"close", b"keep-alive"):
-        fields = dropper(n.strip() for n in connection.decode("latin-1").split(",")).sub(b"", fields)
-    end = BodyEnd(0 if status in (204, 304) else int(length) if length is not None else None, coding is not None and status not in (204, 304))
-    again = m[1] == b"1" and b"close" not in connection and (end.chunked or end.left is not None)
-    return status, fields, end, again, framing
+    m = LENGTH.search(head)
+    got = parse_reply_rest(head[:m.start()] + head[m.end():] if m else head)
+    require(not (m and got.chunked), "ambiguous framing")
+    length = 0 if got.status in (204, 304) else int(m[1]) if m else None
+    return got._replace(length=length, again=got.again and (got.chunked or length is not None))
 
 
 def forwarded_head(request, endpoint):
@@ -4051,8 +4092,8 @@ BROKEN = Refused(502, "engine_failed", "the engine ended the stream before it wa
 class Relay:
     """One request on its way to the engine, and the reply on its way back."""
 
-    def __init__(self, client, request, pool, endpoint, began):
-        self.client, self.request, self.pool, self.endpoint, self.began = client, request, pool, endpoint, began
+    def __init__(self, client, request, pool, endpoint):
+        self.client, self.request, self.pool, self.endpoint = client, request, pool, endpoint
         self.status, self.size, self.first, self.streams, self.tail, self.whole = 0, 0, 0.0, False, b"", False
 
     def run(self, head, feed, sent, close):
@@ -4101,7 +4142,7 @@ class Relay:
             request.body = body = b""           # of many that wait for a long answer only the answers cost memory
             sent()
             got = receive(upstream, client, FIRST_BYTE_S)
-            self.first = time.monotonic() - self.began
+            self.first = time.monotonic() - request.began
             while (at := got.find(b"\r\n\r\n")) < 0 or got.startswith(b"HTTP/1.1 1"):
                 if at >= 0:
                     got = got[at + 4:]          # 100 Continue and its like
@@ -4109,26 +4150,24 @@ class Relay:
                 chunk = receive(upstream, client, FIRST_BYTE_S)
                 require(chunk and len(got) <= 65536, "no reply")
                 got += chunk
-            status, fields, end, again, framing = parse_reply_head(got[:at])
-            rest = got[at + 4:]
-            self.status, self.streams = status, framing.get(b"content-type", b"").startswith(b"text/event-stream")
+            status, lines, length, chunked, again, self.streams, retry = parse_reply_head(got[:at])
+            self.status, rest, end = status, got[at + 4:], BodyEnd(length, chunked)
             if status >= 400:
                 rest = error_body(upstream, client, status, rest, end)
                 again = again and end.done
-                retry = framing.get(b"retry-after")
-                fields = b"\r\nContent-Type: application/json" + (b"\r\nRetry-After: " + retry if retry else b"")
-                end = BodyEnd(len(rest), False)
-            told = b"\r\nTransfer-Encoding: chunked" if end.chunked else b"" if end.left is None else b"" if status in (204, 304) else \
-                b"\r\nContent-Length: %d" % end.left
+                lines = b"\r\nContent-Type: application/json" + (b"\r\nRetry-After: " + retry if retry else b"")
+                length, chunked, end = len(rest), False, BodyEnd(len(rest), False)
+            framing = b"\r\nTransfer-Encoding: chunked" if chunked else b"" if length is None or status in (204, 304) else \
+                b"\r\nContent-Length: %d" % length
             part = end.take(rest)
         except TimeoutError:
             raise Refused(504, "engine_timeout", "the engine did not begin to answer in time") from None
         except (OSError, ValueError):
             raise Refused(502, "engine_failed", "the engine ended the request without an answer") from None
         again = again and fed and len(part) == len(rest)
-        close = close or not fed or not end.chunked and end.left is None
+        close = close or not fed or not chunked and length is None
         try:
-            client.sendall(b"".join((STATUS_LINES[status], fields, b"\r\nX-Request-Id: ", request.id.encode(), told,
+            client.sendall(b"".join((STATUS_LINES[status], lines, b"\r\nX-Request-Id: ", request.id.encode(), framing,
                                      b"\r\nConnection: close\r\n\r\n" if close else b"\r\n\r\n", part)))
         except OSError:
             raise ClientGone() from None
@@ -4177,7 +4216,7 @@ class Request:
         self.headers = {k.lower(): v for k, v in reversed(fields)}      # of one given twice the first counts
         self.client, self.query, self.args, self.json = "", {}, {}, {}
         self.gone = lambda: False       # whether the client has hung up
-        self.forwarded = None, b""      # (Endpoint, forwarded_head for it)
+        self.forwarded = None, "", None, b""    # (Config, where, its Endpoint, forwarded_head for it)
         self.renew()
 
     IDS, COUNT = secrets.token_hex(4), itertools.count(1)
@@ -4192,9 +4231,6 @@ class Request:
     def close(self):
         asked = self.headers.get("connection", "").lower()
         return "close" in asked or self.minor == 0 and "keep-alive" not in asked
-
-
-LENGTH = re.compile(rb"(?i)\r\nContent-Length:[ \t]*([0-9]{1,15})(?=\r\n|\Z)")
 
 
 def parse_head(head):
@@ -4997,7 +5033,7 @@ class Handler(BaseHTTPRequestHandler):
         if request and request.model is not None:
             relay = request.relay
             served = self.server.app.monitor.served.get(request.where) if request.where else None
-            row += (request.model or None, request.where, served and served[0], *((relay.first, relay.streams, relay.tail) if relay else (0.0, False, b"")))
+            row += (request.model, request.where, served[0] if served else "", *((relay.first, relay.streams, relay.tail) if relay else (0.0, False, b"")))
         self.server.activity.add(row)
 
     # --- reading
@@ -5165,17 +5201,18 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(422, "bad_field", "model must be text", field="model")
         request.model = name or ""
         request.where, ticket = app.admit(request, name)
-        relay = request.relay = Relay(self.connection, request, app.pool, app.endpoint(request.where), request.began)
 
         def sent():
             self.free()
             if ticket:
                 app.gate.step_out(request.where, ticket)
         try:
-            if request.forwarded[0] != relay.endpoint:
-                request.forwarded = relay.endpoint, forwarded_head(request, relay.endpoint)
+            if request.forwarded[0] is not config or request.forwarded[1] != request.where:
+                endpoint = app.endpoint(request.where)
+                request.forwarded = config, request.where, endpoint, forwarded_head(request, endpoint)
+            relay = request.relay = Relay(self.connection, request, app.pool, request.forwarded[2])
             framing = b"Content-Length: %d\r\n\r\n" % length if length >= 0 else b"Transfer-Encoding: chunked\r\n\r\n"
-            relay.run(request.forwarded[1] + framing, feed, sent, self.close_connection)
+            relay.run(request.forwarded[3] + framing, feed, sent, self.close_connection)
             self.close_connection |= not relay.whole
         except Refused:
             self.close_connection |= feed is not None       # of an upload not all was read

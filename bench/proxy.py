@@ -38,7 +38,7 @@ done = function(s, l, r)
     s.errors.status + s.errors.connect + s.errors.read + s.errors.write + s.errors.timeout, l:percentile(50), l:percentile(99)))
 end
 """
-NGINX = """worker_processes auto; daemon off; pid FOLDER/nginx.pid; error_log FOLDER/error.log;
+NGINX = """USER worker_processes auto; daemon off; pid FOLDER/nginx.pid; error_log FOLDER/error.log;
 events { worker_connections 2048; }
 http {
   access_log FOLDER/access.log; client_body_temp_path FOLDER/body; proxy_temp_path FOLDER/proxy; fastcgi_temp_path FOLDER/f;
@@ -196,7 +196,7 @@ def main():
         engine, port = free_port(), free_port()
         run(f"{folder}/engine", str(engine))
         answers(engine)
-        words = {"FOLDER": folder, "ENGINE": str(engine), "PORT": str(port)}
+        words = {"USER": "user root;" if os.geteuid() == 0 else "", "FOLDER": folder, "ENGINE": str(engine), "PORT": str(port)}
         Path(folder, "nginx.conf").write_text(re.sub("|".join(words), lambda m: words[m[0]], NGINX))
         nginx = run("nginx", "-c", f"{folder}/nginx.conf", "-p", folder, env={**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin"})
         ours = free_port()
