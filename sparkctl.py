@@ -3782,29 +3782,14 @@ def tokens_of(tail):
     return tuple(int(n) if n else None for n in (got.get(b"prompt", got.get(b"input")), got.get(b"completion", got.get(b"output"))))
 
 
-class Asked(NamedTuple):
-    """One request that was answered; what follows seconds only of one to /v1 that could be read."""
-    at: float                   # Unix time of its end
-    client: str
-    asked: str                  # method and path
-    status: int
-    size: int                   # bytes of the reply's body
-    seconds: float
-    id: str
-    model: str | None = None    # as asked for; "": none was named
-    where: str | None = None    # the slot or service that answered
-    served: str = ""            # the model that was served there
-    first: float = 0.0          # seconds to the first byte; 0: none came
-    streams: bool = False
-    tail: bytes = b""           # the end of the reply, for its `usage`
-
-    def public(self):
-        prompt, completion = tokens_of(self.tail)
-        spent = self.seconds - self.first if self.streams else self.seconds
-        return {"time": utc(self.at - self.seconds), "id": self.id, "client": self.client, "model": printable(self.model, 200) or None,
-                "served_by": self.where, "route": self.asked.partition(" ")[2], "status": self.status, "bytes": self.size,
-                "first_byte_seconds": round(self.first, 6) or None, "seconds": round(self.seconds, 6), "prompt_tokens": prompt,
-                "completion_tokens": completion, "tokens_per_second": round(completion / spent, 1) if completion and spent > 0 else None}
+def shown_request(at, client, asked, status, size, seconds, key, model, where, served, first, streams, tail):
+    """A row of Activity as /api/activity tells it."""
+    prompt, completion = tokens_of(tail)
+    spent = seconds - first if streams else seconds
+    return {"time": utc(at - seconds), "id": key, "client": client, "model": printable(model, 200) or None, "served_by": where,
+            "route": asked.partition(" ")[2], "status": status, "bytes": size, "first_byte_seconds": round(first, 6) or None,
+            "seconds": round(seconds, 6), "prompt_tokens": prompt, "completion_tokens": completion,
+            "tokens_per_second": round(completion / spent, 1) if completion and spent > 0 else None}
 
 
 class Activity:
@@ -3838,7 +3823,9 @@ class Activity:
         self.drain()
 
     def add(self, row):
-        """row: the fields of an Asked."""
+        """row: Unix time of the end, client, method and path, status, bytes, seconds, id; of a request to /v1 that could be read
+        also the model as asked for, the slot or service that answered or None, the model served there, seconds to the first
+        byte (0: none came), whether it streamed, and the end of the reply, for its `usage`."""
         self._new.append(row)
         if not self._wake.is_set():
             self._wake.set()
@@ -3877,7 +3864,7 @@ class Activity:
         self.drain()
         with self._lock:
             rows = list(self._recent)
-        return [Asked(*row).public() for row in reversed(rows)]
+        return [shown_request(*row) for row in reversed(rows)]
 
     def families(self):
         """(name, type, help, [(suffix, labels, number)]) of everything counted, as Prometheus wants it."""
@@ -4001,19 +3988,9 @@ class BodyEnd:
         return data
 
 
-class ReplyHead(NamedTuple):
-    status: int
-    lines: bytes                # to pass on, each with the line end before it
-    length: int | None
-    chunked: bool
-    again: bool                 # whether the connection can be used again
-    streams: bool               # server-sent events
-    retry: bytes                # Retry-After, or blank
-
-
 @functools.lru_cache(256)
 def parse_reply_rest(head):
-    """A reply's head without its Content-Length -> ReplyHead; many are the same within a second, so they are kept. Raises ValueError."""
+    """parse_reply_head without Content-Length: many are the same within a second, so they are kept."""
     m = REPLY.fullmatch(head)
     require(m, "malformed status line or header field")
     status, fields, found = int(m[2]), m[3], {}
@@ -4025,20 +4002,21 @@ def parse_reply_rest(head):
     lines = DROPPED.sub(b"", fields)
     if connection not in (b"", b"close", b"keep-alive"):
         lines = dropper(n.strip() for n in connection.decode("latin-1").split(",") if n.strip()).sub(b"", lines)
-    return ReplyHead(status, lines, None, coding is not None and status not in (204, 304), m[1] == b"1" and b"close" not in connection,
-                     found.get(b"content-type", b"").startswith(b"text/event-stream"), found.get(b"retry-after", b""))
+    return (status, lines, coding is not None and status not in (204, 304), m[1] == b"1" and b"close" not in connection,
+            found.get(b"content-type", b"").startswith(b"text/event-stream"), found.get(b"retry-after", b""))
 
 
 def parse_reply_head(head):
-    """b'HTTP/1.1 200 OK...' without the blank line -> ReplyHead. Raises ValueError.
+    """b'HTTP/1.1 200 OK...' without the blank line -> (length or None, status, header lines to pass on, whether it is chunked,
+    whether the connection can be used again, whether it is server-sent events, Retry-After). Raises ValueError.
 
     As strict as parse_head: an engine must not be able to put words into our mouth.
     """
     m = LENGTH.search(head)
-    got = parse_reply_rest(head[:m.start()] + head[m.end():] if m else head)
-    require(not (m and got.chunked), "ambiguous framing")
-    length = 0 if got.status in (204, 304) else int(m[1]) if m else None
-    return got._replace(length=length, again=got.again and (got.chunked or length is not None))
+    status, lines, chunked, again, streams, retry = parse_reply_rest(head[:m.start()] + head[m.end():] if m else head)
+    require(not (m and chunked), "ambiguous framing")
+    length = 0 if status in (204, 304) else int(m[1]) if m else None
+    return length, status, lines, chunked, again and (chunked or length is not None), streams, retry
 
 
 def forwarded_head(request, endpoint):
@@ -4089,60 +4067,43 @@ STATUS_LINES = {status: f"HTTP/1.1 {status} {http.client.responses.get(status, '
 BROKEN = Refused(502, "engine_failed", "the engine ended the stream before it was over").body()
 
 
-class Relay:
-    """One request on its way to the engine, and the reply on its way back."""
-
-    def __init__(self, client, request, pool, endpoint):
-        self.client, self.request, self.pool, self.endpoint = client, request, pool, endpoint
-        self.status, self.size, self.first, self.streams, self.tail, self.whole = 0, 0, 0.0, False, b"", False
-
-    def run(self, head, feed, sent, close):
-        """Send head and the body, then pass the reply on as it comes.
-
-        feed(upstream): passes on what of the body was not read yet; False if the engine answered before. sent(): called once
-        the engine has the request. close: whether the client's connection ends with the reply. Raises Refused while
-        nothing was sent to the client, ClientGone; self.whole tells whether both connections can go on.
-        """
-        try:
-            upstream, reused = self.pool.take(self.endpoint)
-            try:
-                count = self._begin(upstream, head)
-            except OSError:                     # closed while it was idle: nothing was sent, so it cannot have been processed
-                upstream.close()
-                if not reused:
-                    raise
-                upstream = self.pool.connect(self.endpoint)
-                count = self._begin(upstream, head)
-        except OSError:
-            raise Refused(502, "engine_unreachable", "the engine does not answer") from None
-        try:
-            again = self._pass(upstream, head, count, feed, sent, close)
-        except BaseException:
-            upstream.close()
+def begin(pool, endpoint, data):
+    """Connect to the engine and send the beginning of a request -> (connection, bytes sent). Raises OSError."""
+    upstream, reused = pool.take(endpoint)
+    try:
+        return upstream, upstream.send(data)
+    except OSError:
+        upstream.close()
+        if not reused:
             raise
-        if again:
-            self.pool.put(self.endpoint, upstream)
-        else:
-            upstream.close()
+    upstream = pool.connect(endpoint)           # it was closed while idle: nothing was sent, so nothing can have been done
+    return upstream, upstream.send(data)
 
-    def _begin(self, upstream, head):
-        body = self.request.body
-        return upstream.send(head + body) if len(body) < READ else upstream.send(head)
 
-    def _pass(self, upstream, head, count, feed, sent, close):
-        client, request, body = self.client, self.request, self.request.body
+def relay(client, request, pool, endpoint, head, feed, sent, close):
+    """Send one request to the engine and its reply to the client as it comes -> (status, bytes, keep the client?).
+
+    feed(upstream): passes on what of the body was not read yet; False if the engine answered before that was over.
+    sent(): called once the engine has the request. Sets request.first, .streams and .tail. Raises ClientGone, and
+    Refused while nothing was sent to the client.
+    """
+    whole, again = head + request.body if len(request.body) < READ else head, False
+    try:
+        upstream, count = begin(pool, endpoint, whole)
+    except OSError:
+        raise Refused(502, "engine_unreachable", "the engine does not answer") from None
+    try:
         try:
-            fed = True
+            fed = False
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):        # it may have answered before the body was over
-                if count < len(head):
-                    upstream.sendall(head[count:])
-                if count < len(head) + len(body):
-                    upstream.sendall(memoryview(body)[max(0, count - len(head)):])
+                if count < len(whole) or whole is head:
+                    upstream.sendall(whole[count:])
+                    upstream.sendall(request.body if whole is head else b"")
                 fed = feed is None or feed(upstream)
-            request.body = body = b""           # of many that wait for a long answer only the answers cost memory
+            request.body = whole = b""          # of those that wait long for an answer only the answer costs memory
             sent()
             got = receive(upstream, client, FIRST_BYTE_S)
-            self.first = time.monotonic() - request.began
+            request.first = time.monotonic() - request.began
             while (at := got.find(b"\r\n\r\n")) < 0 or got.startswith(b"HTTP/1.1 1"):
                 if at >= 0:
                     got = got[at + 4:]          # 100 Continue and its like
@@ -4150,51 +4111,49 @@ class Relay:
                 chunk = receive(upstream, client, FIRST_BYTE_S)
                 require(chunk and len(got) <= 65536, "no reply")
                 got += chunk
-            status, lines, length, chunked, again, self.streams, retry = parse_reply_head(got[:at])
-            self.status, rest, end = status, got[at + 4:], BodyEnd(length, chunked)
+            length, status, lines, chunked, again, request.streams, retry = parse_reply_head(got[:at])
+            rest, end = got[at + 4:], BodyEnd(length, chunked)
             if status >= 400:
                 rest = error_body(upstream, client, status, rest, end)
-                again = again and end.done
-                lines = b"\r\nContent-Type: application/json" + (b"\r\nRetry-After: " + retry if retry else b"")
+                lines, again = b"\r\nContent-Type: application/json" + (b"\r\nRetry-After: " + retry if retry else b""), again and end.done
                 length, chunked, end = len(rest), False, BodyEnd(len(rest), False)
-            framing = b"\r\nTransfer-Encoding: chunked" if chunked else b"" if length is None or status in (204, 304) else \
-                b"\r\nContent-Length: %d" % length
             part = end.take(rest)
         except TimeoutError:
             raise Refused(504, "engine_timeout", "the engine did not begin to answer in time") from None
         except (OSError, ValueError):
             raise Refused(502, "engine_failed", "the engine ended the request without an answer") from None
-        again = again and fed and len(part) == len(rest)
-        close = close or not fed or not chunked and length is None
+        framing = b"\r\nTransfer-Encoding: chunked" if chunked else b"" if length is None or status in (204, 304) else b"\r\nContent-Length: %d" % length
+        again, close = again and fed and len(part) == len(rest), close or not fed or not chunked and length is None
+        size, tail, most = len(part), collections.deque((part[-4096:],), 4), READ
         try:
             client.sendall(b"".join((STATUS_LINES[status], lines, b"\r\nX-Request-Id: ", request.id.encode(), framing,
                                      b"\r\nConnection: close\r\n\r\n" if close else b"\r\n\r\n", part)))
-        except OSError:
-            raise ClientGone() from None
-        self.size, tail, most = len(part), collections.deque((part[-4096:],), 4), READ
-        try:
             while not end.done:
                 try:
-                    chunk = receive(upstream, client, None, most)
-                    part = end.take(chunk)
+                    part = end.take(chunk := receive(upstream, client, None, most))
                 except (OSError, ValueError):
                     chunk = b""
                 if not chunk:
                     break
                 client.sendall(part)
-                self.size += len(part)
+                size += len(part)
                 tail.append(part if len(part) < 4096 else part[-4096:])
                 again = again and len(part) == len(chunk)
                 most = READ * 4 if len(chunk) >= READ else most
-            if not end.done and self.streams and (end.rest, tail[-1][-4:]) == (b"\r\n", b"\n\n\r\n"):      # between two events
+            if not end.done and request.streams and (end.rest, tail[-1][-4:]) == (b"\r\n", b"\n\n\r\n"):       # between two events
                 event = b"event: error\ndata: " + to_json(BROKEN) + b"\n\n"
                 client.sendall(b"%x\r\n%b\r\n" % (len(event), event))
         except OSError:                         # a client that left, or does not read
             raise ClientGone() from None
         finally:
-            self.tail = b"".join(tail)
-        self.whole = end.done and not close
-        return again and end.done
+            request.tail = b"".join(tail)
+        again = again and end.done
+        return status, size, end.done and not close
+    finally:
+        if again and end.done:
+            pool.put(endpoint, upstream)
+        else:
+            upstream.close()
 
 
 # === 14 http ==================================================================
@@ -4224,7 +4183,8 @@ class Request:
     def renew(self):
         """The next request with the very same head."""
         self.id, self.body, self.began = f"{self.IDS}{next(self.COUNT):08x}", b"", time.monotonic()
-        self.model = self.where = self.relay = None     # of a /v1 request: the model as asked, where it went, its Relay
+        self.model = self.where = None          # of a /v1 request: the model as asked for, and where it went
+        self.first, self.streams, self.tail = 0.0, False, b""           # what relay() saw
         return self
 
     @functools.cached_property
@@ -5026,14 +4986,12 @@ class Handler(BaseHTTPRequestHandler):
             if busy:
                 self.server.count(-1)
 
-    def tell(self, request, began, asked, status, size):
-        """Leave a line for the log of requests and, of a /v1 request, what Activity counts."""
-        now = time.monotonic()
-        row = (time.time(), self.client_address[0], asked, status, size, now - began, request.id if request else "-")
-        if request and request.model is not None:
-            relay = request.relay
-            served = self.server.app.monitor.served.get(request.where) if request.where else None
-            row += (request.model, request.where, served[0] if served else "", *((relay.first, relay.streams, relay.tail) if relay else (0.0, False, b"")))
+    def tell(self, r, began, asked, status, size):
+        """Leave a row for the log of requests, and for Activity."""
+        row = (time.time(), self.client_address[0], asked, status, size, time.monotonic() - began, r.id if r else "-")
+        if r and r.model is not None:
+            served = self.server.app.monitor.served.get(r.where)
+            row += (r.model, r.where, served[0] if served else "", r.first, r.streams, r.tail)
         self.server.activity.add(row)
 
     # --- reading
@@ -5210,17 +5168,17 @@ class Handler(BaseHTTPRequestHandler):
             if request.forwarded[0] is not config or request.forwarded[1] != request.where:
                 endpoint = app.endpoint(request.where)
                 request.forwarded = config, request.where, endpoint, forwarded_head(request, endpoint)
-            relay = request.relay = Relay(self.connection, request, app.pool, request.forwarded[2])
             framing = b"Content-Length: %d\r\n\r\n" % length if length >= 0 else b"Transfer-Encoding: chunked\r\n\r\n"
-            relay.run(request.forwarded[3] + framing, feed, sent, self.close_connection)
-            self.close_connection |= not relay.whole
+            status, size, goes_on = relay(self.connection, request, app.pool, request.forwarded[2], request.forwarded[3] + framing,
+                                          feed, sent, self.close_connection)
         except Refused:
             self.close_connection |= feed is not None       # of an upload not all was read
             raise
         finally:
             app.gate.leave(request.where)
             sent()
-        return relay.status, relay.size
+        self.close_connection |= not goes_on
+        return status, size
 
     def begin_upload(self, request, length, most):
         """(the form's field model, if it is among the first bytes, else None; what passes the rest on). Raises Refused 413, 408, 400."""
