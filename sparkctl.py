@@ -30,12 +30,14 @@ Contents (each section uses only names from the sections above it; a test proves
 Threads: the main thread waits for a signal; `accept` takes connections, one thread each; `swap` performs the
 running swap, alone, with a short-lived pool for Sparks asked at once; `lease` ends the lock on time; `jobs` starts
 what is due, in a thread `job` each; `webhook` delivers, one a receiver; `config` re-reads the YAML files; `spark-NAME`
-and `slot-NAME` poll, one each, so that a dead Spark delays only itself; `follow` reads an engine's log during a swap.
+and `slot-NAME` poll, one each, so that a dead Spark delays only itself; `follow` reads an engine's log during a swap;
+`access` counts and logs what was answered.
 Locks: Arbiter._lock guards the one decision who may start what, and is held until the journal has it; Hub.changed the
-version that long-polls wait on; Gate._lock the holding and counting of requests; Events._lock, SwapLog._lock and
-Register._lock a list and its file; Webhooks._lock deliveries and queues; Jobs._lock which jobs run; Monitor._lock what
-the slots' polls last saw; Hosts._lock the resolved addresses; Server._idle the count of replies in flight. No lock is held
-across ssh, HTTP or sleep, and no two at once. What is published is immutable and replaced whole: readers take no lock.
+version that long-polls wait on; Gate._lock the holding and counting of requests; Activity._lock the counters and last
+requests; Events._lock, SwapLog._lock and Register._lock a list and its file; Webhooks._lock deliveries and queues;
+Jobs._lock which jobs run; Monitor._lock what the slots' polls last saw; Hosts._lock the resolved addresses; Server._lock
+the count of replies in flight and of bytes of bodies. No lock is held across ssh, HTTP or sleep, and no two at once. What
+is published is immutable and replaced whole: readers take no lock.
 Trusted: the two YAML files, the environment, the user that ssh logs in as. Not trusted: clients, web pages in
 the owner's browser, what an engine or a Spark answers.
 """
@@ -4949,7 +4951,7 @@ class Handler(BaseHTTPRequestHandler):
                     pass
 
     def one_request(self):
-        began, request, asked, status, size, reserved = time.monotonic(), None, "- -", 0, 0, 0
+        began, request, asked, status, size = time.monotonic(), None, "- -", 0, 0
         self.reserved = busy = 0
         try:
             head = self.read_head()
@@ -4967,7 +4969,7 @@ class Handler(BaseHTTPRequestHandler):
             request.client, request.gone = self.client_address[0], self.client_gone
             status, size = self.answer(request, length)
             if m and request.where and request.path not in UPLOADS:
-                self.known, self.asked = (head[:m.start()] + head[m.end():], self.server.app.store.current, request), asked
+                self.known, self.asked = (head[:m.start()] + head[m.end():], self.let_in, request), asked
         except (ClientGone, OSError):
             self.close_connection = True
             status = 499 if busy else 0         # nginx's word for: the client closed the connection
@@ -5098,7 +5100,8 @@ class Handler(BaseHTTPRequestHandler):
     # --- answering
 
     def answer(self, request, length):
-        app, settings = self.server.app, self.server.app.store.settings
+        app, self.let_in = self.server.app, self.server.app.store.current      # the Config by which it is let in
+        settings = self.let_in.settings
         proxied = request.path in PROXIED and request.method == "POST"
         try:
             route, request.args = (None, {}) if proxied else find_route(request.method, request.path)
