@@ -3810,12 +3810,14 @@ class Activity:
         self._lock = threading.Lock()
         self._recent = collections.deque(maxlen=self.KEEP)  # guarded by _lock; newest last
         self._counts = {}                                   # guarded by _lock; (model, method and path) -> {what: how much}
-        forever("access", self._closing, self._step).start()
+        self._thread = forever("access", self._closing, self._step)
+        self._thread.start()
 
     def close(self):
         """Count and write what is left; nothing is lost at a normal end."""
         self._closing.set()
         self._wake.set()
+        self._thread.join(5)
         self.drain()
 
     def _step(self):
@@ -3975,6 +3977,7 @@ class BodyEnd:
             if not m or m[1].strip(b"0") == b"":
                 self.done = bool(m := last.match(line, start))
                 if self.done:
+                    self.left = 0
                     return data[:m.end() - known]
                 self.rest, at = line[start:], count
                 told = self.rest.find(b"\r\n", 2)       # the end of the last chunk's size, before its trailers
@@ -4488,7 +4491,9 @@ class App:
                     (where, joined), waits = self.bring(r, name, config, joined, e), True
                 if not waits and gate.enter(where, ticket):
                     if self.monitor.served is served:
-                        return where, ticket
+                        if ticket and line != where:
+                            gate.step_out(line, ticket)
+                        return where, ticket if line == where else None
                     gate.leave(where)           # a swap came between: look again
                     continue
                 if until is None:
@@ -5071,7 +5076,7 @@ class Handler(BaseHTTPRequestHandler):
         end = BodyEnd(None, True, strict=True, keep=True)
         while True:
             self.take_part(end, self.buffer)
-            if len(end.data) > most or end.left > most:
+            if len(end.data) + end.left > most:
                 raise too_large
             if len(end.data) > self.reserved:
                 self.reserve(max(READ, len(end.data)), most)

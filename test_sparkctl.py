@@ -29,6 +29,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 from datetime import datetime
 from pathlib import Path
 
@@ -1799,6 +1800,12 @@ def test_all_bodies_together_have_a_limit(kept):
         refused = until(lambda: [s for s in socks if select.select([s], [], [], 0)[0]])
         assert len(refused) == 1 and b"too_much_at_once" in refused[0].recv(4096)
     assert until(lambda: p.post("/v1/completions", b'{"prompt": "' + b"x" * 900000 + b'"}').status == 200)
+    # chunks count for what they hold, and the last byte may be one too many
+    for size, status in ((1 << 20, 200), ((1 << 20) + 1, 413)):
+        body = b'{"prompt": "' + b"x" * (size - 14) + b'"}'
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(body[i:i + 5000]), body[i:i + 5000]) for i in range(0, size, 5000))
+        got = raw(p.port, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n", end=False)
+        assert got.startswith(b"HTTP/1.1 %d " % status), got[:300]
 
 
 def variants(rng):
@@ -2031,6 +2038,23 @@ def test_where_a_request_goes_follows_from_what_is_served_and_the_swap_that_runs
     assert told("b", sc.Swap("s", "main", "b", dry_run=True)) == "model_not_serving"
     unload = sc.Swap("s", "main", None, phase="draining")
     assert [told(n, unload, True) for n in ("a", None)] == ["model_leaving", "nothing_served"]
+
+
+def test_who_waited_at_one_slot_and_is_served_by_another_leaves_no_place_in_the_line():
+    catalog, _ = sc.parse_catalog({"models": {"a": {"repo": "o/a"}, "b": {"repo": "o/b"}}}, {}, ())
+    slots = {n: sc.Slot(n, ("spark1",), 1, n, "x") for n in ("main", "two")}
+    config = sc.Config(sc.parse_settings({}), {}, catalog, sc.Layout(slots, {}, {}), ())
+    fake = types.SimpleNamespace(gate=sc.Gate(), monitor=types.SimpleNamespace(served={"main": ("a",)}), store=types.SimpleNamespace(current=config),
+                                 swaps=types.SimpleNamespace(book=sc.Book(running=sc.Swap("s", "main", "b", phase="draining"))), _parked=threading.BoundedSemaphore(1))
+    fake.gate.hold("main")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(sc.App.admit, fake, types.SimpleNamespace(gone=lambda: False), "b")
+        until(lambda: fake.gate.counts("main") == (0, 1))
+        fake.monitor.served = {"main": ("a",), "two": ("b",)}
+        assert waits.result(5) == ("two", None)
+    assert fake.gate.counts("main") == (0, 0) and fake.gate.counts("two") == (1, 0)
+    fake.gate.release("main")
+    assert fake.gate.enter("main") and fake._parked.acquire(blocking=False)
 
 
 def test_the_gate_lets_those_who_waited_go_one_by_one_and_newcomers_after_them():
