@@ -6,7 +6,8 @@
 Starts everything it compares on loopback: an engine that answers at once (bench/engine.c), nginx as a reverse proxy
 (keep-alive upstream, unbuffered replies, a worker per core), and sparkctl, each in front of that one engine. Every
 round asks every target in turn; the table has medians, and ratios within the run, which are what counts on a busy
-machine. Needs gcc, wrk, nginx and curl. `--direct-only` and a profile: see --help.
+machine. Needs gcc, wrk, nginx and curl. `--only swaps` instead runs the test that swaps back and forth under 32
+clients, and accounts for every request, for a whole minute; it needs pytest.
 """
 import argparse
 import collections
@@ -179,8 +180,10 @@ def main():
     parser.add_argument("--seconds", type=int, default=2, help="of each measurement of requests/s")
     parser.add_argument("--only", default="requests,streams,bulk,memory")
     parser.add_argument("--script", default=str(HERE.parent / "sparkctl.py"), help="another sparkctl.py, to compare")
-    parser.add_argument("--python", default=sys.executable)
     args = parser.parse_args()
+    if args.only == "swaps":
+        sys.exit(subprocess.call([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "under_32_clients", HERE.parent / "test_sparkctl.py"],
+                                 env={**os.environ, "SWAP_SECONDS": "60"}))
     if missing := [p for p in ("gcc", "wrk", "nginx", "curl") if not shutil.which(p, path=os.environ["PATH"] + ":/usr/sbin")]:
         sys.exit(f"install {' '.join(missing)}")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -202,7 +205,7 @@ def main():
         ours = free_port()
         clean = {k: v for k, v in os.environ.items() if not re.match("SPARK|VLLM", k)}
         with open(f"{folder}/sparkctl.log", "wb") as log:
-            pid = run(args.python, args.script, "--port", str(ours), "--models", f"{folder}/models.yaml", stderr=log, stdout=log, env={
+            pid = run(sys.executable, args.script, "--port", str(ours), "--models", f"{folder}/models.yaml", stderr=log, stdout=log, env={
                 **clean, "SPARKCTL_DATA": f"{folder}/data", "SPARK1_HOST": "local", "VLLM_PORT": str(engine), "SPARKCTL_API_KEY": KEY})
         answers(port)
         answers(ours)
