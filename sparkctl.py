@@ -32,18 +32,21 @@ Threads: the main thread waits for a signal; `accept` takes connections, one thr
 running swap, alone, with a short-lived pool for Sparks asked at once; `lease` ends the lock on time; `jobs` starts
 what is due, in a thread `job` each; `webhook` delivers, one a receiver; `config` re-reads the YAML files; `spark-NAME`,
 `slot-NAME` and `service-NAME` poll, one each, so that a dead one delays only itself; `history` keeps what they saw;
-`weights-NAME` looks after the transfer that begins at that Spark; `follow` reads an engine's log during a swap.
+`weights-NAME` looks after the transfer that begins at that Spark; `follow` reads an engine's log during a swap; `access`
+counts and logs what was answered.
 Locks: Arbiter._lock guards the one decision who may start what, and is held until the journal has it; Hub.changed the
-version that long-polls wait on; Gate._cond the holding and counting of requests; Events._lock, SwapLog._lock and
-Register._lock a list and its file; Webhooks._lock deliveries and queues; Jobs._lock which jobs run; Monitor._lock
-what the slots' polls last saw; History._lock and Meter._lock what was measured and counted; ConfigStore._lock reading
-and editing the YAML files; Hosts._lock the resolved addresses; Server._idle the count of replies in flight. No lock is
-held across ssh, HTTP or sleep, and no two at once. What is published is immutable and replaced whole: readers take no lock.
+version that long-polls wait on; Gate._lock the holding and counting of requests; Activity._lock the counters and last
+requests; Events._lock, SwapLog._lock and Register._lock a list and its file; Webhooks._lock deliveries and queues;
+Jobs._lock which jobs run; Monitor._lock what the slots' polls last saw; History._lock and Meter._lock what was measured
+and counted; ConfigStore._lock reading and editing the YAML files; Hosts._lock the resolved addresses; Server._lock the
+count of replies in flight and of bytes of bodies. No lock is held across ssh, HTTP or sleep, and no two at once. What is
+published is immutable and replaced whole: readers take no lock.
 Trusted: the two YAML files, the environment, the user that ssh logs in as. Not trusted: clients, web pages in
 the owner's browser, what an engine or a Spark answers.
 """
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -209,12 +212,14 @@ SETTINGS = (
     Setting("SWAP_ANSWER_TIMEOUT", "60", number(1, 3600), "longest time from the engine's word that it is up to its first answer, seconds"),
     Setting("SWAP_WARM_TIMEOUT", "300", number(1, 3600), "longest time for an engine's first answer to a prompt, seconds"),
     Setting("SWAP_ROLLBACK", "on", flag, "launch the previous model again when a swap fails after the stop"),
-    Setting("MIN_SERVING_SECONDS", "120", SECONDS, "shortest time that a model serves before a job may replace it; people and holders of the lock may at any time"),
+    Setting("MIN_SERVING_SECONDS", "120", SECONDS, "shortest time that a model serves before a job or AUTO_SWAP may replace it; people and holders of the lock may at any time"),
     Setting("WEBHOOK_URL", "", urls, "where events are POSTed, comma-separated", True, guarded=True),
     Setting("WEBHOOK_SECRET", "", text, "key of the signature X-Spark-Signature; blank = unsigned", True),
     Setting("WEBHOOK_EVENTS", "swap_complete,swap_failed", names, "events that are POSTed, comma-separated; * at the end of a name stands for anything: lock_*"),
     Setting("HOLD_SECONDS", "60", SECONDS, "longest time a /v1 request is held while its slot swaps"),
-    Setting("MAX_BODY_MB", "32", number(1, 1024, int), "largest body of an API or /v1 request, MiB"),
+    Setting("AUTO_SWAP", "off", flag, "a /v1 request for a model of the catalog that is not served starts the swap to it, and is held"),
+    Setting("MAX_BODY_MB", "32", number(1, 1024, int), "largest body of an API or /v1 request, MiB; all that are being read at a time may have eight times as much"),
+    Setting("MAX_UPLOAD_MB", "512", number(1, 1 << 20, int), "largest upload to /v1/audio, MiB; it is passed on as it comes"),
     Setting("POLL_SECONDS", "5", number(1, 3600), "time between two looks at a Spark, a slot or a service"),
     Setting("QDRANT_API_KEY", "", text, "key that Qdrant is asked with", True),
     Setting("OPEN_WEBUI_URL", "", lambda value: value and one_url(value),
@@ -2580,56 +2585,87 @@ class Failed(Exception):
 
 
 class Gate:
-    """Counts requests in flight per slot and holds new ones while the slot swaps."""
+    """Counts requests in flight per slot, holds new ones while the slot swaps, and then lets them go one after the other."""
 
     def __init__(self):
-        self._cond = threading.Condition()
-        self._held = set()                                  # guarded by _cond
-        self._inflight = collections.Counter()              # guarded by _cond
-        self._waiting = collections.Counter()               # guarded by _cond
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._held = set()                                  # guarded by _lock
+        self._inflight = collections.Counter()              # guarded by _lock
+        self._lines = collections.defaultdict(list)         # guarded by _lock; slot -> tickets of those who wait for a swap
+        self._due = {}                                      # guarded by _lock; slot -> tickets whose turn comes, the first one first
 
     def hold(self, slot):
-        with self._cond:
+        with self._lock:
             self._held.add(slot)
+            due = self._due.pop(slot, [])
+            self._lines[slot][:0] = due
+            for ticket in due:
+                ticket.clear()
 
     def release(self, slot):
-        with self._cond:
+        with self._lock:
             self._held.discard(slot)
-            self._cond.notify_all()
+            self._due[slot] = self._due.get(slot, []) + self._lines.pop(slot, [])
+            self._next_locked(slot)
+
+    def _next_locked(self, slot):
+        if due := self._due.get(slot):
+            due[0].set()
+        else:
+            self._due.pop(slot, None)
 
     def is_held(self, slot):
-        with self._cond:
+        with self._lock:
             return slot in self._held
 
-    def enter(self, slot, hold_s):
-        """Count one request in; while the slot is held, wait up to hold_s first. False if it is held still."""
-        with self._cond:
-            self._waiting[slot] += 1
-            try:
-                free = self._cond.wait_for(lambda: slot not in self._held, hold_s)
-            finally:
-                self._waiting[slot] -= 1
-            self._inflight[slot] += 1 if free else 0
+    def enter(self, slot, ticket=None):
+        """Count one request in -> whether it may go: the slot is not held, and nobody's turn comes before."""
+        with self._lock:
+            due = self._due.get(slot)
+            free = slot not in self._held and (not due or due[0] is ticket)
+            if free:
+                self._inflight[slot] += 1
             return free
 
+    def queue(self, slot, later):
+        """Stand in line -> a ticket, an Event that is set when its turn comes. later: wait for a swap's end in any case."""
+        ticket = threading.Event()
+        with self._lock:
+            due = self._due.get(slot)
+            (due if due and not later else self._lines[slot]).append(ticket)
+            if not (due or later or slot in self._held):    # it was released a moment ago
+                ticket.set()
+        return ticket
+
+    def step_out(self, slot, ticket):
+        """The request of that ticket is on its way, or given up: it is the next one's turn."""
+        with self._lock:
+            for line in (self._lines[slot], self._due.get(slot, [])):
+                if ticket in line:
+                    line.remove(ticket)
+            if slot not in self._held:
+                self._next_locked(slot)
+
     def leave(self, slot):
-        with self._cond:
+        with self._lock:
             self._inflight[slot] -= 1
-            self._cond.notify_all()
+            if slot in self._held:
+                self._wake.notify_all()
 
     def counts(self, slot):
         """(in flight, held)."""
-        with self._cond:
-            return self._inflight[slot], self._waiting[slot]
+        with self._lock:
+            return self._inflight[slot], len(self._lines.get(slot, ())) + len(self._due.get(slot, ()))
 
     def drain(self, slot, timeout_s, cancel):
         """Wait until nothing is in flight -> how many still are. Raises Cancelled."""
         deadline = time.monotonic() + timeout_s
-        with self._cond:
+        with self._wake:
             while self._inflight[slot] and (left := deadline - time.monotonic()) > 0:
                 if cancel.is_set():
                     raise Cancelled()
-                self._cond.wait(min(left, 0.1))
+                self._wake.wait(min(left, 0.1))
             return self._inflight[slot]
 
 
@@ -4919,6 +4955,7 @@ class Monitor:
         self.manager = None                     # set once, before start()
         self._lock = threading.Lock()
         self._slots = {}                        # guarded by _lock; name -> SlotView
+        self.served = {}                        # replaced under _lock; slot -> ids it answers to, all that the data path looks at
         self._sparks = {}                       # name -> SparkView, replaced whole by the one thread of that Spark
         self._services = {}                     # name -> ServiceView, replaced whole by the one thread of that service
         self._vitals = {}                       # slot-NAME or service-NAME -> Vitals, likewise
@@ -4977,6 +5014,7 @@ class Monitor:
             if old and (old.probe.state, old.probe.served) == (probe.state, probe.served):
                 return
             self._slots[name] = SlotView(probe, utc())
+            self.served = {**self.served, name: probe.served}
         if old and old.probe.served == probe.served and {old.probe.state, probe.state} == {"serving", "wedged"}:
             wedged = probe.state == "wedged"
             said = f"is wedged: {probe.detail}" if wedged else "is not wedged any more"
@@ -4994,6 +5032,7 @@ class Monitor:
         if slot is None:                        # gone from the file; it may come back
             with self._lock:
                 self._slots.pop(name, None)
+                self.served = {key: ids for key, ids in self.served.items() if key != name}
         elif before[0] is None:
             endpoint = endpoint_of(slot, self._hosts, config.settings)
             probe = probe_vllm_endpoint(endpoint)
@@ -5134,197 +5173,473 @@ class Monitor:
 
 
 # === 13 data path =============================================================
-# /v1: which slot serves a request, holding while it swaps, and a relay of bytes as they come, on raw sockets.
-# Bodies and replies pass unchanged; only hop-by-hop fields and keys are taken out.
+# /v1: which slot serves a request, what was asked lately, and a relay of bytes as they come, on raw sockets that block.
+# Bodies and replies pass unchanged; only hop-by-hop fields and keys are taken out. Bytes are sent on as they were read:
+# lines of a stream are never looked at, sizes of chunks only to know where a body ends.
 
-PROXIED = frozenset("/v1/" + name for name in (
-    "chat/completions", "completions", "embeddings", "messages", "rerank", "responses", "score"))
-HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
-                        "te", "trailer", "transfer-encoding", "upgrade"))
-CONNECT_S, FIRST_BYTE_S = 3.0, 600.0
+PROXIED = {**{f"/v1/{name}": f"/v1/{name}" for name in (            # our path -> vLLM's, as its 0.33 lists them; no other is forwarded
+    "chat/completions", "completions", "embeddings", "messages", "messages/count_tokens", "rerank", "responses", "score",
+    "audio/transcriptions", "audio/translations")},
+    **{f"{prefix}/{name}": f"/{name}" for name in ("tokenize", "detokenize", "pooling", "classify") for prefix in ("", "/v1")}}
+UPLOADS = frozenset(("/v1/audio/transcriptions", "/v1/audio/translations"))      # forms with a file, passed on as they come
+HOP_BY_HOP = ("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+              "transfer-encoding", "upgrade", "content-length")
+CONNECT_S, FIRST_BYTE_S, SEND_S = 3.0, 600.0, 60.0
+WATCH_S = 0.1                       # for an engine that is silent for longer we wait with an eye on the client
+READ = 65536                        # bytes at a time, four times as many once that much was there at once
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+VALUE = r"[^\x00-\x08\x0a-\x1f\x7f]*"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]{{1,8000}}) HTTP/1\.([01])".encode())
-FIELD = re.compile(rf"({TOKEN}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*".encode())
+FIELD = re.compile(rf"({TOKEN}):[ \t]*({VALUE}?)[ \t]*".encode())
+REPLY = re.compile(rf"HTTP/1\.([01]) ([2-5]\d\d)(?: {VALUE})?((?:\r\n{TOKEN}:{VALUE})*)".encode())
+LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]{1,15})(?=\r\n|\Z)")
+FRAMING = re.compile(rb"(?i)\r\n(content-length|transfer-encoding|connection|content-type|retry-after):[ \t]*([^\r]*)")
 
 
-def route_model(name, config, views, running):
-    """Which slot a request for name goes to -> Slot. Pure. Raises Refused 404, or 503 for a model that is not served.
+def dropper(names):
+    """What finds the header lines of these names, each with the line end before it."""
+    return re.compile(rf"(?i)\r\n(?:{'|'.join(map(re.escape, names))}):[^\r]*".encode("latin-1"))
 
-    views: {slot: ids it answers to}; running: the swap that holds its slot, or None.
+
+NOT_PASSED = (*HOP_BY_HOP, "set-cookie", "x-request-id", "strict-transport-security", "content-security-policy")
+DROPPED = dropper(NOT_PASSED)
+
+
+def place_of(config, key):
+    """The Slot, or with "service:" before its name the Service, of that key; None if there is none."""
+    return config.layout.services.get(key[8:]) if key.startswith("service:") else config.layout.slots.get(key)
+
+
+def route_model(name, config, served, swap, held):
+    """Where a request for name goes -> (key in served, whether it waits there for the swap that brings the model). Pure.
+
+    served: {slot, or "service:NAME": ids that it answers to}; swap: the one that runs, or None; held: whether its slot
+    takes no requests. Raises Refused 404, or 503 for a model that is not served.
     """
     slots = config.layout.slots
-    if not slots:
+    swap = None if swap is None or swap.dry_run or swap.slot not in slots else swap
+    held = held and swap is not None
+    if name is None and not slots:
         raise Refused(503, "no_slots", "no Spark is configured; set SPARK1_HOST")
+    main = "main" if name is not None or "main" in slots else next(iter(slots))
+    for key, ids in served.items():
+        if (name in ids if name is not None else key == main and ids) and not (held and key == swap.slot) and place_of(config, key):
+            return key, False
+    wait = {"Retry-After": str(max(1, math.ceil(swap and swap.eta_seconds or 30)))}
     if name is None:
-        slot = slots.get("main") or next(iter(slots.values()))
-        if not views.get(slot.name) and not (running and running.slot == slot.name):
-            raise Refused(503, "nothing_served", f"slot {slot.name} serves no model now; start one: POST /api/swap", {"Retry-After": "30"})
-        return slot
+        if swap and swap.slot == main and swap.model:
+            return main, True
+        raise Refused(503, "nothing_served", f"slot {main} serves no model now; start one: POST /api/swap", wait)
     if len(name) > 300:
         raise Refused(404, "model_not_found", "no model has so long a name")
-    wait = {"Retry-After": str(math.ceil(running.eta_seconds or 30))} if running else {}
-    if running and running.slot in slots:
-        if running.plan and name in running.plan.served_names:
-            return slots[running.slot]
-        if running.previous and name in running.previous.served_names:
-            raise Refused(503, "model_leaving", f"{name} is being replaced by {running.model or 'nothing'}", wait)
-    for slot, served in views.items():
-        if name in served and slot in slots:
-            return slots[slot]
+    if swap and name in getattr(swap.plan or config.models.get(swap.model), "served_names", ()):
+        return swap.slot, True
+    if held and (name in served.get(swap.slot, ()) or swap.previous and name in swap.previous.served_names):
+        raise Refused(503, "model_leaving", f"{name} is being replaced by {swap.model or 'nothing'}", wait)
     if config.find(name):
-        raise Refused(503, "model_not_serving", f"{name} is in the catalog and not served now", wait or {"Retry-After": "30"},
-                      serving=sorted({ids[0] for ids in views.values() if ids}))
+        raise Refused(503, "model_not_serving", f"{name} is in the catalog and not served now", wait,
+                      serving=sorted({ids[0] for ids in served.values() if ids}))
     raise Refused(404, "model_not_found", f"the model {printable(name, 200)} does not exist",
-                  available=sorted({i for ids in views.values() for i in ids}), nearest=nearest(name, config.models))
+                  available=sorted({i for ids in served.values() for i in ids}), nearest=nearest(name, config.models))
 
 
-def forwarded_head(request, endpoint):
-    """The head for the engine, in the client's own HTTP version. Its keys are ours to check, not to pass on."""
-    named = {n.strip().lower() for k, v in request.fields if k.lower() == "connection" for n in v.split(",")}
-    drop = HOP_BY_HOP | named | {"host", "authorization", "x-api-key", "content-length", "expect", "cookie"}
-    lines = [f"{request.method} {request.target} HTTP/1.{request.minor}", f"Host: {endpoint.url[7:]}", "Connection: close"]
-    lines += [f"{k}: {v}" for k, v in request.fields if k.lower() not in drop]
-    lines += [f"Authorization: Bearer {endpoint.key}"] if endpoint.key else []
-    return ("\r\n".join([*lines, f"Content-Length: {len(request.body)}"]) + "\r\n\r\n").encode("latin-1")
+def model_of_form(data, content_type):
+    """The field `model` of a multipart form of which data is the beginning, or None if it is not among the whole parts there."""
+    m = re.search(r'(?i);\s*boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', content_type)
+    for part in data.split(b"--" + (m[1] or m[2]).encode("latin-1"))[1:-1] if m else ():
+        head, _, value = part.partition(b"\r\n\r\n")
+        if re.search(rb'(?i)[; ]name="?model"?\s*(?:;|\r|$)', head):
+            return value.removesuffix(b"\r\n").decode("utf-8", "replace")
+    return None
+
+
+COUNTED = re.compile(rb'"(prompt|input|completion|output)_tokens"\s*:\s*(\d{1,9})\b')
+
+
+def tokens_of(tail):
+    """The end of a reply or stream -> (prompt tokens, completion tokens), None where its `usage` does not tell. Pure."""
+    at = tail.rfind(b'"usage"') + 7             # in text that a model wrote a backslash would stand before the second quote
+    if at < 7 or not tail[at:at + 4].lstrip(b": ").startswith(b"{"):
+        return None, None
+    got = dict(reversed(COUNTED.findall(tail, at, at + 600)))
+    return tuple(int(n) if n else None for n in (got.get(b"prompt", got.get(b"input")), got.get(b"completion", got.get(b"output"))))
+
+
+def shown_request(at, client, asked, status, size, seconds, key, model, where, served, first, streams, tail):
+    """A row of Activity as /api/activity tells it."""
+    prompt, completion = tokens_of(tail)
+    spent = seconds - first if streams else seconds
+    return {"time": utc(at - seconds), "id": key, "client": client, "model": printable(model, 200) or None, "served_by": where,
+            "route": asked.partition(" ")[2], "status": status, "bytes": size, "first_byte_seconds": round(first, 6) or None,
+            "seconds": round(seconds, 6), "prompt_tokens": prompt, "completion_tokens": completion,
+            "tokens_per_second": round(completion / spent, 1) if completion and spent > 0 else None}
+
+
+class Activity:
+    """What was asked lately and how that went: the last 500 /v1 requests, counters since the start, and the log of requests.
+
+    Whoever answers a request appends what it knows, and that is all it costs there; the thread `access` counts and
+    writes the log a moment later, a few at a time, and so does whoever reads.
+    """
+
+    KEEP, AFTER_S, MOST, STEP = 500, 0.2, 20_000, 10
+    BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)            # seconds
+
+    def __init__(self):
+        self._new = collections.deque()                     # thread-safe by itself
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        self._recent = collections.deque(maxlen=self.KEEP)  # guarded by _lock; newest last
+        self._counts = {}                                   # guarded by _lock; (model, method and path) -> {what: how much}
+        self._thread = forever("access", self._closing, self._step)
+        self._thread.start()
+
+    def close(self):
+        """Count and write what is left; nothing is lost at a normal end."""
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(5)
+        self.drain()
+
+    def _step(self):
+        self._wake.wait()
+        self._closing.wait(self.AFTER_S)
+        self._wake.clear()
+        self.drain()
+
+    def add(self, row):
+        """row: Unix time of the end, client, method and path, status, bytes, seconds, id; of a request to /v1 that could be read
+        also the model as asked for, the slot or service that answered or None, the model served there, seconds to the first
+        byte (0: none came), whether it streamed, and the end of the reply, for its `usage`."""
+        self._new.append(row)
+        if not self._wake.is_set():
+            self._wake.set()
+        elif len(self._new) > self.MOST:
+            self.drain()
+
+    def drain(self):
+        lines, second, shown = [], None, ""
+        while self._new:
+            with self._lock, contextlib.suppress(IndexError):           # another thread was quicker
+                for _ in range(self.STEP):
+                    row = self._new.popleft()
+                    if int(row[0]) != second:
+                        second, shown = int(row[0]), utc(int(row[0]))[:-4]
+                    lines.append(f"{shown}{int(row[0] % 1 * 1000):03}Z {row[1]} {row[2][:300]} {row[3]} {row[4]} B {row[5] * 1000:.1f} ms {row[6]}")
+                    if len(row) > 7:
+                        self._recent.append(row)
+                        self._count_locked(*row)
+            time.sleep(0)                       # whoever waits to go on with a reply goes first
+        if lines:
+            with contextlib.suppress(OSError, ValueError):
+                print("\n".join(lines), file=sys.stderr, flush=True)
+
+    def _count_locked(self, at, client, asked, status, size, seconds, key, model, where, served, first, streams, tail):
+        # a model that is not served counts under no name: clients may make up as many as they like
+        count = self._counts.get((served, asked)) or self._counts.setdefault((served, asked), collections.defaultdict(int))
+        prompt, completion = tokens_of(tail)
+        for what, by in (("bytes", size), ("seconds", seconds), (status, 1), (("seconds", bisect.bisect_left(self.BUCKETS, seconds)), 1),
+                         ("prompt", prompt), ("completion", completion), ("first", first),
+                         (("first", bisect.bisect_left(self.BUCKETS, first)), 1 if first else 0)):
+            if by:
+                count[what] += by
+
+    def recent(self):
+        """The last requests, newest first."""
+        self.drain()
+        with self._lock:
+            rows = list(self._recent)
+        return [shown_request(*row) for row in reversed(rows)]
+
+    def families(self):
+        """(name, type, help, [(suffix, labels, number)]) of everything counted, as Prometheus wants it."""
+        self.drain()
+        with self._lock:
+            rows = [({"model": model, "route": asked.partition(" ")[2]}, dict(count)) for (model, asked), count in sorted(self._counts.items())]
+        yield ("sparkctl_requests_total", "counter", "requests to /v1 by the model that served them", [
+            ("", {**labels, "status": str(what)}, n) for labels, count in rows for what, n in count.items() if isinstance(what, int)])
+        for what, name, told in (("bytes", "reply_bytes", "bytes of replies"), ("prompt", "prompt_tokens", "tokens of prompts, where replies told"),
+                                 ("completion", "completion_tokens", "tokens that were generated, where replies told")):
+            yield f"sparkctl_{name}_total", "counter", told, [("", labels, count.get(what, 0)) for labels, count in rows]
+        for what, name, told in (("seconds", "request_seconds", "time to the end of a reply"), ("first", "first_byte_seconds", "time to its first byte")):
+            samples = []
+            for labels, count in rows:
+                below = list(itertools.accumulate(count.get((what, i), 0) for i in range(len(self.BUCKETS) + 1)))
+                samples += [("_bucket", {**labels, "le": le}, n) for le, n in zip([*map(str, self.BUCKETS), "+Inf"], below)]
+                samples += [("_sum", labels, count.get(what, 0)), ("_count", labels, below[-1])]
+            yield f"sparkctl_{name}", "histogram", told, samples
+
+
+def bound_socket(sock, read_s, write_s):
+    """Make a socket block for so long at most; that costs no system call a read, as Python's own time limit does."""
+    sock.settimeout(None)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for option, seconds in ((socket.SO_RCVTIMEO, read_s), (socket.SO_SNDTIMEO, write_s)):
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+
+
+class Pool:
+    """Idle connections to engines, the one used last first. Safe to use from any thread."""
+
+    IDLE_S = 4.0                    # uvicorn closes after 5 (uvicorn/config.py, timeout_keep_alive)
+
+    def __init__(self):
+        self._idle = {}             # (host, port) -> deque of (socket, since when), thread-safe by itself
+
+    def take(self, endpoint):
+        """(a connection, whether it was used before). Raises OSError."""
+        idle, fresh = self._idle.get(endpoint[:2], ()), time.monotonic() - self.IDLE_S
+        while idle:
+            try:
+                sock, since = idle.pop()
+                if since > fresh:
+                    sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except IndexError:                  # another thread was quicker
+                break
+            except BlockingIOError:             # as it should be: open, and nothing said
+                return sock, True
+            except OSError:
+                pass
+            sock.close()
+        return self.connect(endpoint), False
+
+    def connect(self, endpoint):
+        """A new connection that blocks: WATCH_S at most for a read, SEND_S for a write; a host that vanished ends it."""
+        sock = socket.create_connection(endpoint[:2], CONNECT_S)
+        bound_socket(sock, WATCH_S, SEND_S)
+        for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3)):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return sock
+
+    def put(self, endpoint, sock):
+        """Give back a connection on which a reply ended as it should; those that were idle for too long go."""
+        idle, now = self._idle.setdefault(endpoint[:2], collections.deque()), time.monotonic()
+        idle.append((sock, now))
+        with contextlib.suppress(IndexError):
+            while idle[0][1] < now - self.IDLE_S:
+                idle.popleft()[0].close()
 
 
 class BodyEnd:
     """Finds where a body ends while its bytes pass through: by length, by chunks, or at the connection's end."""
 
-    def __init__(self, length, chunked):
+    SIZE = re.compile(rb"\r\n([0-9A-Fa-f]{1,8})(?:[ \t]*;[^\r\n]*)?\r\n")          # what stands between two chunks
+    LAST = re.compile(rf"\r\n0+(?:[ \t]*;[^\r\n]*)?\r\n(?:{TOKEN}:{VALUE}\r\n)*\r\n".encode())
+    BEGUN = re.compile(rb"\r?|\r\n[0-9A-Fa-f]{0,8}(?:[ \t]*(?:;[^\r\n]*)?\r?)?")    # a part of it
+    # of a client nothing is taken that two servers may read differently: no extensions, no trailers
+    STRICT = re.compile(rb"\r\n([0-9A-Fa-f]{1,8})\r\n"), re.compile(rb"\r\n0+\r\n\r\n"), re.compile(rb"\r?|\r\n[0-9A-Fa-f]{0,8}\r?")
+
+    def __init__(self, length, chunked, strict=False, keep=False):
         self.left = 0 if chunked else length    # bytes still to come of the body or of the running chunk; None: not known
-        self.chunked, self.line, self.data = chunked, b"", bytearray()
-        self.done = length == 0 and not chunked
+        self.chunked, self.done = chunked, length == 0 and not chunked
+        self.rest = b"\r\n"                     # of what stands between chunks, as far as it came; before the first one no CR LF comes
+        self.data = bytearray() if keep else None       # what the chunks hold
+        self.patterns = self.STRICT if strict else (self.SIZE, self.LAST, self.BEGUN)
 
-    def take(self, data, keep=False):
-        """The part of data that belongs to the body, framing included; keep: what chunks hold is added to self.data.
-
-        Raises ValueError for a malformed chunk.
-        """
+    def take(self, data):
+        """The part of data that belongs to the body, framing included. Raises ValueError for a malformed chunk."""
         if not self.chunked:
-            data = data[:self.left]
-            self.left = None if self.left is None else self.left - len(data)
-            self.done = self.left == 0
+            if self.left is not None:
+                data = data[:self.left]
+                self.left -= len(data)
+                self.done = self.left == 0
+            if self.data is not None:
+                self.data += data
             return data
-        at = 0
-        while at < len(data) and not self.done:
-            if self.left:               # inside a chunk and the CR LF after it
-                step = min(self.left, len(data) - at)
-                self.data += data[at:at + min(step, self.left - 2)] if keep and self.left > 2 else b""
-                self.left -= step
-                at += step
-                continue
-            end = data.find(b"\n", at) + 1 or len(data)
-            self.line += data[at:end]
-            at = end
-            require(len(self.line) <= 1024, "a chunk size too long")
-            if self.line.endswith(b"\n"):
-                line, self.line = self.line, b""
-                if self.left is None:   # trailer lines, up to the blank one
-                    self.done = line == b"\r\n"
-                else:
-                    m = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", line)
-                    require(m, "a malformed chunk size")
-                    self.left = int(m[1], 16) + 2 if int(m[1], 16) else None
-        return data[:at]
+        size, last, begun = self.patterns
+        at, count = self.left, len(data)
+        if self.data is not None:
+            self.data += data[:at]
+        while at < count:
+            known = len(self.rest)
+            line, start = (self.rest + data[:8192], 0) if known else (data, at)
+            m = size.match(line, start)
+            if not m or m[1].strip(b"0") == b"":
+                self.done = bool(m := last.match(line, start))
+                if self.done:
+                    self.left = 0
+                    return data[:m.end() - known]
+                self.rest, at = line[start:], count
+                told = self.rest.find(b"\r\n", 2)       # the end of the last chunk's size, before its trailers
+                fits = begun.fullmatch(self.rest) if told < 0 else self.rest[2:told].partition(b";")[0].strip(b"0 \t") == b""
+                require(fits and len(self.rest) < 8192, "a malformed chunk")
+                require(told < 0 or last is not self.STRICT[1] or self.rest[told:] in (b"\r\n", b"\r\n\r"), "a malformed end")
+                break
+            begin = m.end() - known
+            at, self.rest = begin + int(m[1], 16), b""
+            if self.data is not None:
+                self.data += data[begin:at]
+        self.left = at - count
+        return data
+
+
+@functools.lru_cache(256)
+def parse_reply_rest(head):
+    """parse_reply_head without Content-Length: many are the same within a second, so they are kept."""
+    m = REPLY.fullmatch(head)
+    require(m, "malformed status line or header field")
+    status, fields, found = int(m[2]), m[3], {}
+    for name, value in FRAMING.findall(fields):
+        name, value = name.lower(), value.strip(b" \t").lower()
+        require(found.setdefault(name, value) == value and name != b"content-length", "ambiguous framing")
+    coding, connection = found.get(b"transfer-encoding"), found.get(b"connection", b"")
+    require(coding in (None, b"chunked"), "a Transfer-Encoding that we do not know")
+    lines = DROPPED.sub(b"", fields)
+    if connection not in (b"", b"close", b"keep-alive"):
+        lines = dropper(n.strip() for n in connection.decode("latin-1").split(",") if n.strip()).sub(b"", lines)
+    return (status, lines, coding is not None and status not in (204, 304), m[1] == b"1" and b"close" not in connection,
+            found.get(b"content-type", b"").startswith(b"text/event-stream"), found.get(b"retry-after", b""))
 
 
 def parse_reply_head(head):
-    """b'HTTP/1.1 200 OK...' without the blank line -> (status, [(name, value)], BodyEnd). Raises ValueError.
+    """b'HTTP/1.1 200 OK...' without the blank line -> (length or None, status, header lines to pass on, whether it is chunked,
+    whether the connection can be used again, whether it is server-sent events, Retry-After). Raises ValueError.
 
     As strict as parse_head: an engine must not be able to put words into our mouth.
     """
-    first, *rest = head.split(b"\r\n")
-    m, found = re.fullmatch(rb"HTTP/1\.[01] ([2-5]\d\d)(?: [^\r\n]*)?", first), [FIELD.fullmatch(line) for line in rest]
-    require(m and all(found), "malformed status line or header field")
-    status, fields = int(m[1]), [(f[1].decode(), f[2].decode("latin-1")) for f in found]
-    lengths = {v for k, v in fields if k.lower() == "content-length"}
-    coding = [v.lower() for k, v in fields if k.lower() == "transfer-encoding"]
-    require(not coding or coding == ["chunked"] and not lengths, "ambiguous framing")
-    require(len(lengths) <= 1 and all(re.fullmatch(r"[0-9]{1,15}", v) for v in lengths), "bad Content-Length")
-    return status, fields, BodyEnd(0 if status in (204, 304) else int(lengths.pop()) if lengths else None, bool(coding))
+    m = LENGTH.search(head)
+    status, lines, chunked, again, streams, retry = parse_reply_rest(head[:m.start()] + head[m.end():] if m else head)
+    require(not (m and chunked), "ambiguous framing")
+    length = 0 if status in (204, 304) else int(m[1]) if m else None
+    return length, status, lines, chunked, again and (chunked or length is not None), streams, retry
+
+
+def forwarded_head(request, endpoint):
+    """The head for the engine up to the field that says how the body is framed. Its keys are ours to check, not to pass on."""
+    named = {n.strip().lower() for k, v in request.fields if k.lower() == "connection" for n in v.split(",")}
+    drop = named.union(HOP_BY_HOP, ("host", "authorization", "x-api-key", "expect", "cookie"))
+    query = f"?{request.raw_query}" if "?" in request.target else ""
+    lines = [f"{request.method} {PROXIED[request.path]}{query} HTTP/1.{request.minor}", f"Host: {endpoint.url[7:]}",
+             *(f"{k}: {v}" for k, v in request.fields if k.lower() not in drop), *([f"Authorization: Bearer {endpoint.key}"] if endpoint.key else [])]
+    return "\r\n".join([*lines, ""]).encode("latin-1")
 
 
 class ClientGone(Exception):
     """The client hung up; the upstream request ends with it."""
 
 
-def recv_watching(upstream, client, timeout_s):
-    """Bytes from upstream, b"" at its end. Raises ClientGone as soon as the client hangs up, TimeoutError."""
-    deadline = time.monotonic() + timeout_s
+def receive(upstream, client, limit_s, most=READ):
+    """Bytes from upstream, b"" at its end. Raises ClientGone as soon as the client hangs up, TimeoutError, OSError."""
+    try:
+        return upstream.recv(most)              # no more than this for as long as the engine is not silent for WATCH_S
+    except BlockingIOError:
+        deadline = None if limit_s is None else time.monotonic() + limit_s
     poll = select.poll()
     poll.register(upstream, select.POLLIN)
-    poll.register(client, select.POLLIN | select.POLLRDHUP)
-    while (left := deadline - time.monotonic()) > 0:
-        for fd, event in poll.poll(left * 1000):
-            if fd == upstream.fileno():
-                return upstream.recv(65536)
-            if event & (select.POLLRDHUP | select.POLLHUP | select.POLLERR):
-                raise ClientGone()
-            poll.modify(client, select.POLLRDHUP)       # the next request, sent early: it waits its turn
+    poll.register(client, select.POLLRDHUP)
+    while found := poll.poll(None if deadline is None else max(0, deadline - time.monotonic()) * 1000):
+        if any(fd == client.fileno() for fd, _ in found):
+            raise ClientGone()
+        with contextlib.suppress(BlockingIOError):
+            return upstream.recv(most)
     raise TimeoutError()
 
 
-def _error_body(upstream, client, status, rest, end):
+def error_body(upstream, client, status, rest, end):
     """What is told of an engine's error: its own words if they are OpenAI-shaped JSON, else ours."""
-    got = end.take(rest, keep=True)
+    end.data = bytearray()
     with contextlib.suppress(OSError, ValueError):
-        while not end.done and len(got) < 1 << 20 and (chunk := recv_watching(upstream, client, 5)):
-            got += end.take(chunk, keep=True)
+        end.take(rest)
+        while not end.done and len(end.data) < 1 << 20 and (chunk := receive(upstream, client, 5)):
+            end.take(chunk)
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        body = bytes(end.data) if end.chunked else got
-        if isinstance(json.loads(body)["error"], dict):
-            return body
+        if isinstance(json.loads(end.data)["error"], dict):
+            return bytes(end.data)
     return to_json(Refused(status, "engine_error", "the engine answered with an error").body())
 
 
-def relay(client, endpoint, request, extra):
+STATUS_LINES = {status: f"HTTP/1.1 {status} {http.client.responses.get(status, 'Reply')}".encode() for status in range(200, 600)}
+BROKEN = Refused(502, "engine_failed", "the engine ended the stream before it was over").body()
+
+
+def begin(pool, endpoint, data):
+    """Connect to the engine and send the beginning of a request -> (connection, bytes sent). Raises OSError."""
+    upstream, reused = pool.take(endpoint)
+    try:
+        return upstream, upstream.send(data)
+    except OSError:
+        upstream.close()
+        if not reused:
+            raise
+    upstream = pool.connect(endpoint)           # it was closed while idle: nothing was sent, so nothing can have been done
+    return upstream, upstream.send(data)
+
+
+def relay(client, request, pool, endpoint, head, feed, sent, close):
     """Send one request to the engine and its reply to the client as it comes -> (status, bytes, keep the client?).
 
-    extra: header lines of ours. Raises Refused 502/504 while nothing was sent to the client; ClientGone.
+    feed(upstream): passes on what of the body was not read yet; False if the engine answered before that was over.
+    sent(): called once the engine has the request. Sets request.first, .streams and .tail. Raises ClientGone, and
+    Refused while nothing was sent to the client.
     """
+    whole, again = head + request.body if len(request.body) < READ else head, False
     try:
-        upstream = socket.create_connection((endpoint.host, endpoint.port), CONNECT_S)
+        upstream, count = begin(pool, endpoint, whole)
     except OSError:
         raise Refused(502, "engine_unreachable", "the engine does not answer") from None
-    with upstream:
-        upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
         try:
-            upstream.settimeout(60)
-            upstream.sendall(forwarded_head(request, endpoint) + request.body)
-            got = b""
-            while b"\r\n\r\n" not in got:
-                chunk = recv_watching(upstream, client, FIRST_BYTE_S)
+            fed = False
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):        # it may have answered before the body was over
+                if count < len(whole) or whole is head:
+                    upstream.sendall(whole[count:])
+                    upstream.sendall(request.body if whole is head else b"")
+                fed = feed is None or feed(upstream)
+            request.body = whole = b""          # of those that wait long for an answer only the answer costs memory
+            sent()
+            got = receive(upstream, client, FIRST_BYTE_S)
+            request.first = time.monotonic() - request.began
+            while (at := got.find(b"\r\n\r\n")) < 0 or got.startswith(b"HTTP/1.1 1"):
+                if at >= 0:
+                    got = got[at + 4:]          # 100 Continue and its like
+                    continue
+                chunk = receive(upstream, client, FIRST_BYTE_S)
                 require(chunk and len(got) <= 65536, "no reply")
                 got += chunk
-                while got.startswith(b"HTTP/1.1 1") and b"\r\n\r\n" in got:
-                    got = got.partition(b"\r\n\r\n")[2]
-            head, _, rest = got.partition(b"\r\n\r\n")
-            status, fields, end = parse_reply_head(head)
+            length, status, lines, chunked, again, request.streams, retry = parse_reply_head(got[:at])
+            rest, end = got[at + 4:], BodyEnd(length, chunked)
             if status >= 400:
-                rest = _error_body(upstream, client, status, rest, end)
-                fields = [("Content-Type", "application/json"), *(f for f in fields if f[0].lower() == "retry-after")]
-                end = BodyEnd(len(rest), False)
-            framing = "Connection: close" if end.left is None else f"Content-Length: {end.left}"
-            framing = "Transfer-Encoding: chunked" if end.chunked else framing
-            rest = end.take(rest)
+                rest = error_body(upstream, client, status, rest, end)
+                lines, again = b"\r\nContent-Type: application/json" + (b"\r\nRetry-After: " + retry if retry else b""), again and end.done
+                length, chunked, end = len(rest), False, BodyEnd(len(rest), False)
+            part = end.take(rest)
         except TimeoutError:
             raise Refused(504, "engine_timeout", "the engine did not begin to answer in time") from None
         except (OSError, ValueError):
             raise Refused(502, "engine_failed", "the engine ended the request without an answer") from None
-        drop = HOP_BY_HOP | {"content-length", "set-cookie", "x-request-id", "strict-transport-security", "content-security-policy"}
-        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Reply')}",
-                 *(f"{k}: {v}" for k, v in fields if k.lower() not in drop), *extra, *([framing] if status != 204 else [])]
-        sent = len(rest)
+        framing = b"\r\nTransfer-Encoding: chunked" if chunked else b"" if length is None or status in (204, 304) else b"\r\nContent-Length: %d" % length
+        again, close = again and fed and len(part) == len(rest), close or not fed or not chunked and length is None
+        size, tail, most = len(part), collections.deque((part[-4096:],), 4), READ
         try:
-            client.sendall(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + rest)
-            while not end.done and (chunk := recv_watching(upstream, client, FIRST_BYTE_S)):    # cut short: so it is passed on
-                chunk = end.take(chunk)
-                client.sendall(chunk)
-                sent += len(chunk)
-        except (OSError, ValueError):
-            raise ClientGone() from None        # a client that does not read, an engine silent for so long, a malformed chunk
-        return status, sent, end.done
+            client.sendall(b"".join((STATUS_LINES[status], lines, b"\r\nX-Request-Id: ", request.id.encode(), framing,
+                                     b"\r\nConnection: close\r\n\r\n" if close else b"\r\n\r\n", part)))
+            while not end.done:
+                try:
+                    part = end.take(chunk := receive(upstream, client, None, most))
+                except (OSError, ValueError):
+                    chunk = b""
+                if not chunk:
+                    break
+                client.sendall(part)
+                size += len(part)
+                tail.append(part if len(part) < 4096 else part[-4096:])
+                again = again and len(part) == len(chunk)
+                most = READ * 4 if len(chunk) >= READ else most
+            if not end.done and request.streams and (end.rest, tail[-1][-4:]) == (b"\r\n", b"\n\n\r\n"):       # between two events
+                event = b"event: error\ndata: " + to_json(BROKEN) + b"\n\n"
+                client.sendall(b"%x\r\n%b\r\n" % (len(event), event))
+        except OSError:                         # a client that left, or does not read
+            raise ClientGone() from None
+        finally:
+            request.tail = b"".join(tail)
+        again = again and end.done
+        return status, size, end.done and not close
+    finally:
+        if again and end.done:
+            pool.put(endpoint, upstream)
+        else:
+            upstream.close()
 
 
 # === 14 http ==================================================================
@@ -5334,7 +5649,7 @@ def relay(client, endpoint, request, extra):
 
 HEAD_MAX, FIELDS_MAX = 32 << 10, 100
 CONNECTIONS_MAX, PARKED_MAX = 512, 384      # of these held, long-polling or streaming a log: /api always finds a thread
-HEAD_S, BODY_S, IDLE_S, SEND_S = 10.0, 60.0, 75.0, 60.0
+HEAD_S, BODY_S, IDLE_S, LINGER_S = 10.0, 60.0, 75.0, 2.0
 
 
 class Request:
@@ -5344,11 +5659,21 @@ class Request:
         self.method, self.target, self.minor, self.fields = method, target, minor, fields   # fields: [(name, value)]
         self.path, _, self.raw_query = target.partition("?")
         self.headers = {k.lower(): v for k, v in reversed(fields)}      # of one given twice the first counts
-        self.id = secrets.token_hex(8)
-        self.client, self.body, self.query, self.args, self.json = "", b"", {}, {}, {}
+        self.client, self.query, self.args, self.json = "", {}, {}, {}
         self.gone = lambda: False       # whether the client has hung up
+        self.forwarded = None, "", None, b""    # (Config, where, its Endpoint, forwarded_head for it)
+        self.renew()
 
-    @property
+    IDS, COUNT = secrets.token_hex(4), itertools.count(1)
+
+    def renew(self):
+        """The next request with the very same head."""
+        self.id, self.body, self.began = f"{self.IDS}{next(self.COUNT):08x}", b"", time.monotonic()
+        self.model = self.where = None          # of a /v1 request: the model as asked for, and where it went
+        self.first, self.streams, self.tail = 0.0, False, b""           # what relay() saw
+        return self
+
+    @functools.cached_property
     def close(self):
         asked = self.headers.get("connection", "").lower()
         return "close" in asked or self.minor == 0 and "keep-alive" not in asked
@@ -5547,7 +5872,7 @@ class App:
 
     def __init__(self, store, data_dir, demo=False):
         self.store, self.demo, self.warnings = store, demo, []
-        self.hub, self.gate = Hub(), Gate()
+        self.hub, self.gate, self.pool, self.activity = Hub(), Gate(), Pool(), Activity()
         self.events = Events(os.path.join(data_dir, "events.jsonl"), self.hub)
         self.hosts = Hosts(store.sparks.values())
         self.monitor = Monitor(store, self.hosts, self.hub, self.events)
@@ -5593,9 +5918,6 @@ class App:
         self.hosts.close()
 
     # --- what is shown
-
-    def views(self):
-        return {name: self.monitor.slot(name).probe.served for name in self.store.current.layout.slots}
 
     def slots(self, config):
         running = self.swaps.book.running
@@ -5689,6 +6011,88 @@ class App:
                     raise ClientGone()
                 if time.monotonic() >= deadline:
                     return
+
+    # --- the data path
+
+    def endpoint(self, where):
+        """Where the slot or service of that key answers. Raises Refused 503 if it is gone."""
+        config, place = self.store.current, place_of(self.store.current, where)
+        if isinstance(place, Slot):
+            return endpoint_of(place, self.hosts, config.settings)
+        if place is None:
+            raise Refused(503, "nothing_served", "it was taken out of services-overrides.yaml a moment ago", {"Retry-After": "30"})
+        url = urllib.parse.urlsplit(place.url or f"http://{self.hosts.address(place.host)}:{place.port}")
+        return Endpoint(url.hostname, url.port or 80, config.settings["VLLM_API_KEY"])
+
+    def admit(self, r, name):
+        """Count a /v1 request in where the model of that name is served -> (key of monitor.served, its ticket or None).
+
+        While a swap brings the model it waits in line, for HOLD_SECONDS at most; with AUTO_SWAP it may begin that swap.
+        The ticket is to be stepped out with once the request is on its way. Raises Refused 404, 503; ClientGone.
+        """
+        gate, ticket, line, joined, until = self.gate, None, None, None, None
+        try:
+            while True:
+                config, served, swap = self.store.current, self.monitor.served, self.swaps.book.running
+                try:
+                    where, waits = route_model(name, config, served, swap, swap is not None and gate.is_held(swap.slot))
+                    joined = swap.id if waits else joined
+                except Refused as e:
+                    (where, joined), waits = self.bring(r, name, config, joined, e), True
+                if not waits and gate.enter(where, ticket):
+                    if self.monitor.served is served:
+                        if ticket and line != where:
+                            gate.step_out(line, ticket)
+                        return where, ticket if line == where else None
+                    gate.leave(where)           # a swap came between: look again
+                    continue
+                if until is None:
+                    if not self._parked.acquire(blocking=False):
+                        raise Refused(503, "too_many_waiting", f"{PARKED_MAX} requests wait already", {"Retry-After": "5"})
+                    until = time.monotonic() + config.settings["HOLD_SECONDS"]
+                left, eta = until - time.monotonic(), swap.eta_seconds if swap and swap.slot == where else None
+                if left <= 0 or (eta or 0) > left:
+                    raise Refused(503, "swapping", f"slot {where} is loading {'the' if joined else 'another'} model",
+                                  {"Retry-After": str(max(1, math.ceil(eta or 10)))}, eta_seconds=eta)
+                if ticket is None or line != where or waits and ticket.is_set():        # to the end of the line
+                    if ticket:
+                        gate.step_out(line, ticket)
+                    ticket, line = gate.queue(where, waits), where
+                ticket.wait(min(0.5, left))
+                if r.gone():
+                    raise ClientGone()
+        except BaseException:
+            if ticket:
+                gate.step_out(line, ticket)
+            raise
+        finally:
+            if until is not None:
+                self._parked.release()
+
+    def bring(self, r, name, config, joined, refusal):
+        """What AUTO_SWAP does for a model that is not served: begin its swap, once -> (slot, that swap's id).
+
+        The id is None while another swap runs, whose end is waited for. joined: the swap that this request waited for
+        so far. Raises refusal, or Refused 503: lock, breaker and MIN_SERVING_SECONDS count as for a job.
+        """
+        old, model = joined and self.swaps.get(joined), config.find(name) if name else None
+        if refusal.code == "model_not_serving" and old and old.phase in ("failed", "cancelled"):
+            why = f": {old.error['message']}" if old.error else ""
+            raise Refused(503, "swap_failed", f"the swap to {old.model} ended {old.phase}{why}", {"Retry-After": "30"}, swap=old.id)
+        slots = sorted(config.layout.slots.values(), key=lambda slot: slot.name != "main")
+        slot = next((s for s in slots if model and (model.mode != "cluster" or len(s.hosts) > 1)), None)
+        if refusal.code != "model_not_serving" or not config.settings["AUTO_SWAP"] or not slot:
+            raise refusal
+        running = self.swaps.book.running
+        if running and not running.dry_run:     # a rollback too: only people may take its place
+            return slot.name, None
+        try:
+            return slot.name, self.swaps.start(slot.name, model.key, automatic=True, client=r.client, note="a /v1 request asked for it",
+                                               rollback=config.settings["SWAP_ROLLBACK"]).id
+        except Refused as e:
+            if e.code == "swap_running":
+                return slot.name, None
+            raise Refused(503, e.code, str(e), {"Retry-After": e.headers.get("Retry-After", "30")}) from None
 
     # --- who may, and what they then do; r is None for a job
 
@@ -5958,6 +6362,7 @@ class App:
                 ("service_up", "gauge", "1 while a service is well", [
                     ("", {"service": t["name"], "kind": t["kind"]}, t["state"] == "serving") for t in self.tiles(config)])):
             yield "sparkctl_" + name, kind, told, samples
+        yield from self.activity.families()
 
     @staticmethod
     def spark_of(config, service):
@@ -6168,10 +6573,14 @@ def get_metrics(app, r):
 
 
 def get_v1_models(app, r):
-    find = app.store.current.find
+    config, served = app.store.current, app.monitor.served
+    rows = [(name, key) for key, ids in served.items() if place_of(config, key) for name in ids]
+    if config.settings["AUTO_SWAP"]:
+        known = {name for name, _ in rows}
+        rows += [(m.key, None) for m in config.models.values() if known.isdisjoint(m.served_names)]
     return 200, {"object": "list", "data": [
-        {"id": name, "object": "model", "created": 0, "owned_by": "sparkctl", "slot": slot, "root": getattr(find(name), "source", name)}
-        for slot, served in app.views().items() for name in served]}
+        {"id": name, "object": "model", "created": 0, "owned_by": "sparkctl", "slot": key, "root": getattr(config.find(name), "source", name)}
+        for name, key in rows]}
 
 
 def add_model(doc, config, key, entry):
@@ -6341,6 +6750,7 @@ ROUTES = (
     Route("GET",    "/api/events",           lambda app, r: (200, {"events": app.events.since(r.query.get("since", 0))}), SINCE),
     Route("GET",    "/api/settings",         get_settings),
     Route("PUT",    "/api/settings",         put_settings),
+    Route("GET",    "/api/activity",         lambda app, r: (200, {"requests": app.activity.recent()})),
     Route("GET",    "/v1/models",            get_v1_models),
 )
 
@@ -6362,24 +6772,49 @@ def find_route(method, path):
 class Handler(BaseHTTPRequestHandler):
     """One connection: requests one after the other, read under limits, answered in one write."""
 
-    disable_nagle_algorithm = True              # else every reply waits 40 ms for the client's delayed ACK
+    def setup(self):
+        self.connection, self.buffer, self.close_connection, self.lingers = self.request, b"", False, False
+        self.poll = select.poll()
+        self.poll.register(self.connection, select.POLLIN)
+        self.known = None, None, None           # (head but for its length, Config, Request) of the last /v1 request, which was let in
+        bound_socket(self.connection, HEAD_S, SEND_S)
 
     def handle(self):
-        self.buffer, self.close_connection, self.answered = bytearray(), False, False
         with contextlib.suppress(OSError):      # of a reply that says what is wrong
+            self.one_request()
+            bound_socket(self.connection, IDLE_S, SEND_S)
             while not self.close_connection:
                 self.one_request()
 
+    def finish(self):
+        """What was refused may still be on its way: closing at once would make its sender lose the answer."""
+        with contextlib.suppress(OSError):
+            if self.lingers:
+                self.connection.shutdown(socket.SHUT_WR)
+                until = time.monotonic() + LINGER_S
+                while (left := until - time.monotonic()) > 0 and self.poll.poll(left * 1000) and self.connection.recv(READ):
+                    pass
+
     def one_request(self):
-        started, request, asked, status, size, busy = time.monotonic(), None, "- -", 0, 0, 0
+        began, request, asked, status, size = time.monotonic(), None, "- -", 0, 0
+        self.reserved = busy = 0
         try:
             head = self.read_head()
-            started, busy = time.monotonic(), 1
+            busy = 1
             self.server.count(busy)
+            m, (known, config, request) = LENGTH.search(head), self.known
+            if m and known == head[:m.start()] + head[m.end():] and config is self.server.app.store.current:
+                asked, began = self.asked, request.renew().began
+                status, size = self.proxy(self.server.app, request, int(m[1]))
+                return
+            request = None
             request, length = parse_head(head)
+            began = request.began
             asked, self.close_connection = f"{request.method} {request.path}", request.close
             request.client, request.gone = self.client_address[0], self.client_gone
             status, size = self.answer(request, length)
+            if m and request.where and request.path not in UPLOADS:
+                self.known, self.asked = (head[:m.start()] + head[m.end():], self.let_in, request), asked
         except (ClientGone, OSError):
             self.close_connection = True
             status = 499 if busy else 0         # nginx's word for: the client closed the connection
@@ -6389,77 +6824,117 @@ class Handler(BaseHTTPRequestHandler):
                 e = Refused(500, "internal", "an internal error; sparkctl's own log has it")
             # after one of these, what follows on this connection cannot be trusted to be a request
             self.close_connection |= e.status in (400, 408, 413, 431, 500)
+            self.lingers = self.close_connection
             status, size = self.reply(request, e.status, e.body(), e.headers)
         finally:
+            self.free()
             if request or status:
-                took = (time.monotonic() - started) * 1000
-                log(f"{self.client_address[0]} {asked} {status} {size} B {took:.1f} ms {request.id if request else '-'}")
-            self.server.count(-busy)
+                self.tell(request, began, asked, status, size)
+            if busy:
+                self.server.count(-1)
+
+    def tell(self, r, began, asked, status, size):
+        """Leave a row for the log of requests, and for Activity."""
+        row = (time.time(), self.client_address[0], asked, status, size, time.monotonic() - began, r.id if r else "-")
+        if r and r.model is not None:
+            served = self.server.app.monitor.served.get(r.where)
+            row += (r.model, r.where, served[0] if served else "", r.first, r.streams, r.tail)
+        self.server.activity.add(row)
 
     # --- reading
 
     def receive(self, deadline, slow=None):
         """Add to the buffer. Raises ClientGone at the connection's end; at the deadline Refused 408 saying slow, or ClientGone."""
-        try:
-            if (left := deadline - time.monotonic()) <= 0:
-                raise TimeoutError()
-            self.connection.settimeout(left)
-            chunk = self.connection.recv(65536)
-        except TimeoutError:
-            raise Refused(408, "too_slow", slow) if slow else ClientGone() from None
+        if not self.poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise Refused(408, "too_slow", slow) if slow else ClientGone()
+        chunk = self.connection.recv(READ)
         if not chunk:
             raise ClientGone()
         self.buffer += chunk
 
-    def take(self, count, deadline=0.0, slow=None):
-        """Cut the next count bytes off the buffer, once they are there."""
-        while len(self.buffer) < count:
-            self.receive(deadline, slow)
-        got = bytes(self.buffer[:count])
-        del self.buffer[:count]
-        return got
-
     def read_head(self):
         """Bytes of the next head. Raises Refused 408, 431, or ClientGone; a slow sender has HEAD_S from its first byte on."""
-        deadline = time.monotonic() + (IDLE_S if self.answered else HEAD_S)
-        self.answered = True
-        while not self.buffer.lstrip(b"\r\n"):
-            self.buffer.clear()
-            self.receive(deadline)
-        self.buffer = self.buffer.lstrip(b"\r\n")
-        deadline = time.monotonic() + HEAD_S
-        while (end := self.buffer.find(b"\r\n\r\n")) < 0 and len(self.buffer) <= HEAD_MAX:
-            self.receive(deadline, f"the header was not complete within {HEAD_S:g} s")
+        data = self.buffer
+        if not data:
+            try:
+                data = self.connection.recv(READ)           # as long as bound_socket said
+            except BlockingIOError:
+                raise ClientGone() from None
+            if not data:
+                raise ClientGone()
+        end = data.find(b"\r\n\r\n")
+        if end <= 0 or data[0] in b"\r\n":
+            self.buffer, deadline = data.lstrip(b"\r\n"), time.monotonic() + HEAD_S
+            while (end := self.buffer.find(b"\r\n\r\n")) < 0 and len(self.buffer) <= HEAD_MAX:
+                self.receive(deadline, f"the header was not complete within {HEAD_S:g} s" if self.buffer else None)
+                self.buffer = self.buffer.lstrip(b"\r\n")
+            data = self.buffer
         if not 0 <= end <= HEAD_MAX:
             raise Refused(431, "header_too_large", f"the header is larger than {HEAD_MAX} bytes")
-        return self.take(end + 4)[:-4]
+        self.buffer = data[end + 4:]
+        return data[:end]
+
+    def expect(self, request):
+        """Tell a client that waits for it to send its body."""
+        if request.headers.get("expect", "").lower() == "100-continue" and not self.buffer:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def reserve(self, size, most):
+        """Room for so many bytes more of this request's body. Raises Refused 503 if all bodies together are too large."""
+        self.server.bodies(size, 8 * most)
+        self.reserved += size
+
+    def free(self):
+        if self.reserved:
+            self.server.bodies(-self.reserved)
+            self.reserved = 0
 
     def read_body(self, request, length, most):
-        """The whole body, at most `most` bytes. Raises Refused 413, 408, 400."""
+        """The whole body, at most `most` bytes. Raises Refused 413, 408, 400, 503."""
+        if 0 <= length <= len(self.buffer) and length <= most:
+            body, self.buffer = self.buffer[:length], self.buffer[length:]
+            return body
         too_large = Refused(413, "body_too_large", f"the body is larger than {most >> 20} MiB (MAX_BODY_MB)")
         if length > most:
             raise too_large
-        if request.headers.get("expect", "").lower() == "100-continue" and length and not self.buffer:
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        until = time.monotonic() + BODY_S, f"the body was not complete within {BODY_S:g} s"
+        self.expect(request)
+        deadline, slow = time.monotonic() + BODY_S, f"the body was not complete within {BODY_S:g} s"
         if length >= 0:
-            return self.take(length, *until)
-        body = bytearray()
-        while True:                             # chunked: size in hex, data, CR LF; a zero size ends it
-            while (end := self.buffer.find(b"\n", 0, 20)) < 0 and len(self.buffer) < 20:
-                self.receive(*until)
-            line = self.take(end + 1)
-            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}\r\n", line) or time.monotonic() > until[0]:
-                raise Refused(400, "bad_request", "malformed chunk size, or chunks without end")
-            size = int(line, 16)
-            if len(body) + size > most:
+            if length > READ:
+                self.reserve(length, most)
+            body, got = bytearray(length), len(self.buffer)
+            body[:got], self.buffer = self.buffer, b""
+            view = memoryview(body)
+            while got < length:
+                if not self.poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                    raise Refused(408, "too_slow", slow)
+                count = self.connection.recv_into(view[got:])
+                if not count:
+                    raise ClientGone()
+                got += count
+            return body
+        end = BodyEnd(None, True, strict=True, keep=True)
+        while True:
+            self.take_part(end, self.buffer)
+            if len(end.data) + end.left > most:
                 raise too_large
-            body += self.take(size + 2, *until)
-            if body[-2:] != b"\r\n":
-                raise Refused(400, "bad_request", "malformed chunk")    # trailers are refused with it
-            del body[-2:]
-            if not size:
-                return bytes(body)
+            if len(end.data) > self.reserved:
+                self.reserve(max(READ, len(end.data)), most)
+            if end.done:
+                return end.data
+            if time.monotonic() > deadline:
+                raise Refused(408, "too_slow", slow)
+            self.buffer = b""
+            self.receive(deadline, slow)
+
+    def take_part(self, end, data):
+        """What of data belongs to the body; what follows is the next request's beginning. Raises Refused 400."""
+        try:
+            part = end.take(data)
+        except ValueError as e:
+            raise Refused(400, "bad_request", str(e)) from None
+        self.buffer = data[len(part):]
+        return part
 
     def client_gone(self):
         """Whether the client hung up; what it sends ahead stays unread."""
@@ -6470,7 +6945,8 @@ class Handler(BaseHTTPRequestHandler):
     # --- answering
 
     def answer(self, request, length):
-        app, settings = self.server.app, self.server.app.store.settings
+        app, self.let_in = self.server.app, self.server.app.store.current      # the Config by which it is let in
+        settings = self.let_in.settings
         proxied = request.path in PROXIED and request.method == "POST"
         try:
             route, request.args = (None, {}) if proxied else find_route(request.method, request.path)
@@ -6479,9 +6955,9 @@ class Handler(BaseHTTPRequestHandler):
             guard(request, settings, False) if e.status in (404, 405) else None     # a stranger learns no paths
             self.close_connection |= bool(length)
             raise
-        request.body = self.read_body(request, length, settings["MAX_BODY_MB"] << 20)
         if proxied:
-            return self.proxy(app, request)
+            return self.proxy(app, request, length)
+        request.body = self.read_body(request, length, settings["MAX_BODY_MB"] << 20)
         if request.raw_query.count("&") >= 50:
             raise Refused(400, "bad_request", "too many query fields")
         request.query = checked(dict(urllib.parse.parse_qsl(request.raw_query, keep_blank_values=True)), route.query, "the query")
@@ -6499,7 +6975,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, request, status, content, headers=()):
         """Send one reply -> (status, bytes of body). content: bytes, what JSON can hold, or run(send), a stream until it returns."""
-        self.connection.settimeout(SEND_S)
         streams, head_only = callable(content), request is not None and request.method == "HEAD"
         self.close_connection |= streams
         body = b"" if streams else content if isinstance(content, bytes) else to_json(content) + b"\n"
@@ -6524,47 +6999,92 @@ class Handler(BaseHTTPRequestHandler):
             content(send)
         return status, sent[0]
 
-    def proxy(self, app, request):
-        """A /v1 request: find its slot, wait while that swaps, relay."""
-        config = app.store.current
-        try:
-            name = json.loads(request.body).get("model")
-        except (ValueError, AttributeError, RecursionError):
-            raise Refused(400, "bad_json", "the body must be a JSON object") from None
+    def proxy(self, app, request, length):
+        """A /v1 request: read it, wait for its turn, relay -> (status, bytes)."""
+        config, request.model, feed = app.store.current, "", None
+        if request.path in UPLOADS:
+            name, feed = self.begin_upload(request, length, config.settings["MAX_UPLOAD_MB"] << 20)
+        else:
+            request.body = self.read_body(request, length, config.settings["MAX_BODY_MB"] << 20)
+            try:
+                name = json.loads(request.body).get("model")
+            except (ValueError, AttributeError, RecursionError):
+                raise Refused(400, "bad_json", "the body must be a JSON object") from None
+            length = len(request.body)
         if name is not None and not isinstance(name, str):
             raise Refused(422, "bad_field", "model must be text", field="model")
-        deadline = time.monotonic() + config.settings["HOLD_SECONDS"]
+        request.model = name or ""
+        request.where, ticket = app.admit(request, name)
+
+        def sent():
+            self.free()
+            if ticket:
+                app.gate.step_out(request.where, ticket)
+        try:
+            if request.forwarded[0] is not config or request.forwarded[1] != request.where:
+                endpoint = app.endpoint(request.where)
+                request.forwarded = config, request.where, endpoint, forwarded_head(request, endpoint)
+            framing = b"Content-Length: %d\r\n\r\n" % length if length >= 0 else b"Transfer-Encoding: chunked\r\n\r\n"
+            status, size, goes_on = relay(self.connection, request, app.pool, request.forwarded[2], request.forwarded[3] + framing,
+                                          feed, sent, self.close_connection)
+        except Refused:
+            self.close_connection |= feed is not None       # of an upload not all was read
+            raise
+        finally:
+            app.gate.leave(request.where)
+            sent()
+        self.close_connection |= not goes_on
+        return status, size
+
+    def begin_upload(self, request, length, most):
+        """(the form's field model, if it is among the first bytes, else None; what passes the rest on). Raises Refused 413, 408, 400."""
+        too_large = Refused(413, "body_too_large", f"the upload is larger than {most >> 20} MiB (MAX_UPLOAD_MB)")
+        if length > most:
+            raise too_large
+        self.expect(request)
+        end, slow, name = BodyEnd(None if length < 0 else length, length < 0, strict=True, keep=True), "the upload stood still", None
         while True:
-            running = app.swaps.book.running
-            slot = route_model(name, config, app.views(), running if running and app.gate.is_held(running.slot) else None)
-            eta = running.eta_seconds if running and running.slot == slot.name else None
-            left = deadline - time.monotonic()
-            too_long = app.gate.is_held(slot.name) and eta is not None and eta > left
-            with app.parking() if app.gate.is_held(slot.name) else contextlib.nullcontext():
-                entered = not too_long and app.gate.enter(slot.name, max(0.0, left))
-            if not entered:
-                raise Refused(503, "swapping", f"slot {slot.name} is loading another model",
-                              {"Retry-After": str(max(1, math.ceil(eta or 10)))}, eta_seconds=eta)
-            try:                                # while it was held the slot may have come to serve something else
-                if route_model(name, config, app.views(), None).name != slot.name:
-                    continue
-                endpoint = endpoint_of(slot, app.hosts, config.settings)
-                self.connection.settimeout(SEND_S)
-                status, size, complete = relay(self.connection, endpoint, request, [f"X-Request-Id: {request.id}"])
-                self.close_connection |= not complete
-                return status, size
-            finally:
-                app.gate.leave(slot.name)
+            data, self.buffer = self.buffer, b""
+            request.body += self.take_part(end, data)
+            name = model_of_form(bytes(end.data), request.headers.get("content-type", ""))
+            if name is not None or end.done or len(end.data) >= READ:
+                break
+            self.receive(time.monotonic() + BODY_S, slow)
+        end.data, size = None, len(request.body)
+
+        def feed(upstream):
+            nonlocal size
+            poll = select.poll()
+            for sock in (upstream, self.connection):
+                poll.register(sock, select.POLLIN)
+            while not end.done:
+                ready = [fd for fd, _ in poll.poll(BODY_S * 1000)]
+                if not ready:
+                    raise Refused(408, "too_slow", slow)
+                if upstream.fileno() in ready:
+                    self.lingers = True
+                    return False
+                chunk = self.connection.recv(READ * 4)
+                if not chunk:
+                    raise ClientGone()
+                part = self.take_part(end, chunk)
+                size += len(part)
+                if size > most + READ:          # of chunks that did not say beforehand how much they are
+                    raise too_large
+                upstream.sendall(part)
+            return True
+        return name, feed
 
 
 class Server(ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, 128
 
     def __init__(self, address, app, handler=Handler):
-        self.app = app
+        self.app, self.activity = app, getattr(app, "activity", None) or Activity()
         self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
-        self._idle = threading.Condition()
-        self._busy = 0                          # guarded by _idle; requests being answered
+        self._lock = threading.Lock()
+        self._busy = 0                          # guarded by _lock; requests being answered
+        self._bodies = 0                        # guarded by _lock; bytes of bodies of more than READ bytes that are being read
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, handler)
 
@@ -6587,15 +7107,25 @@ class Server(ThreadingHTTPServer):
             self._slots.release()
 
     def count(self, by):
-        with self._idle:
+        with self._lock:
             self._busy += by
-            self._idle.notify_all()
+
+    def bodies(self, by, most=math.inf):
+        """Count bytes of bodies. Raises Refused 503 if that were more than `most` altogether."""
+        with self._lock:
+            if by > 0 and self._bodies + by > most:
+                raise Refused(503, "too_much_at_once", "the bodies of the requests that are being read are too large together", {"Retry-After": "1"})
+            self._bodies += by
 
     def finish(self, timeout_s):
-        """Close the listening socket and wait for replies in flight."""
+        """Close the listening socket, wait for replies in flight, and write the rest of the log."""
         self.server_close()
-        with self._idle:
-            self._idle.wait_for(lambda: not self._busy, timeout_s)
+        deadline, busy = time.monotonic() + timeout_s, True
+        while busy and time.monotonic() < deadline:
+            time.sleep(0.005)
+            with self._lock:
+                busy = self._busy > 0
+        self.activity.close()
 
     def handle_error(self, request, client_address):
         log(f"connection of {client_address[0]}: {traceback.format_exc()}")

@@ -18,6 +18,7 @@ import os
 import pwd
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -28,6 +29,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -2356,11 +2358,529 @@ def test_the_end_of_a_chunked_body_is_found_however_it_is_cut_up(cut):
     for _ in range(200):
         chunks = [bytes(rng.choice(b"0\r\n;a") for _ in range(rng.randint(1, 30))) for _ in range(rng.randint(0, 5))]
         body = b"".join(b"%x\r\n%s\r\n" % (len(c), c) for c in chunks) + b"0\r\n\r\n"
-        end, got, data = sc.BodyEnd(None, True), b"", body + b"NEXT"
+        end, got, data = sc.BodyEnd(None, True, keep=True), b"", body + b"NEXT"
         for i in range(0, len(data), cut):
             if not end.done:
-                got += end.take(data[i:i + cut], keep=True)
+                got += end.take(data[i:i + cut])
         assert end.done and got == body and end.data == b"".join(chunks)
+
+class Keeper(threading.Thread):
+    """An engine that keeps connections open; .handle(sock, head, body, n) answers the n-th request on one, True to go on."""
+
+    def __init__(self, handle):
+        super().__init__(daemon=True)
+        self.sock, self.handle, self.connections, self.seen = socket.create_server(("127.0.0.1", 0)), handle, 0, []
+        self.port = self.sock.getsockname()[1]
+        self.start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.one, args=(self.sock.accept()[0],), daemon=True).start()
+
+    def one(self, c):
+        data, n = b"", 0
+        with contextlib.suppress(OSError), c:
+            while True:
+                while b"\r\n\r\n" not in data:
+                    if not (chunk := c.recv(65536)):
+                        return
+                    data += chunk
+                head, _, data = data.partition(b"\r\n\r\n")
+                if head.startswith(b"GET"):                 # a probe
+                    card = b'{"data": [{"id": "m"}]}'
+                    c.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(card) + card)
+                    return
+                n += 1
+                self.connections += n == 1
+                length = re.search(rb"(?i)content-length: (\d+)", head)
+                while length and len(data) < min(int(length[1]), 60000):
+                    data += c.recv(65536)
+                body, data = data, b""
+                self.seen.append((head, body))
+                if not self.handle(c, head, body, n):
+                    return
+
+
+def plain(c, head, body, n, said=b'{"model": "m", "usage": {"prompt_tokens": 3, "completion_tokens": 4}}'):
+    c.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(said) + said)
+    return True
+
+
+@pytest.fixture
+def kept(start, tmp_path):
+    """kept(handle, **settings): sparkctl before a Keeper that serves the model m."""
+    engines = []
+
+    def go(handle=plain, **env):
+        engines.append(Keeper(handle))
+        (tmp_path / "m.yaml").write_text("models: {m: {repo: a/m}}")
+        p = start({"SPARK1_HOST": "local", "VLLM_PORT": str(engines[0].port), **env},
+                  args=("--models", str(tmp_path / "m.yaml"), "--services", str(tmp_path / "none.yaml")))
+        p.engine = engines[0]
+        key = {"Authorization": f"Bearer {env.get('SPARKCTL_API_KEY')}"}
+        until(lambda: p.get("/v1/models", headers=key).json["data"])
+        return p
+    yield go
+    for engine in engines:
+        engine.sock.close()
+
+
+def test_connections_to_the_engine_are_used_again_and_a_stale_one_costs_nothing(kept):
+    last = []
+    p = kept(lambda c, head, body, n: plain(c, head, body, n) and (len(last) < 1 or not last.pop()))
+    client = http.client.HTTPConnection("127.0.0.1", p.port, timeout=10)
+
+    def ask():
+        client.request("POST", "/v1/completions", b"{}")
+        return len(client.getresponse().read())
+    assert [ask() for _ in range(5)] == [69] * 5 and p.engine.connections == 1
+    last.append(True)                               # after this answer the engine closes without a word
+    assert [ask() for _ in range(3)] == [69] * 3
+    assert p.engine.connections == 2 and len(p.engine.seen) == 8
+    client.close()
+
+
+def test_a_request_that_may_have_been_processed_is_never_sent_twice(kept):
+    p = kept(lambda c, head, body, n: n == 1 and plain(c, head, body, n))
+    assert [p.post("/v1/completions", {"prompt": "x"}).status for _ in range(2)] == [200, 502]
+    assert len(p.engine.seen) == 2
+
+
+def test_the_engine_gets_the_body_unchanged_its_own_key_and_its_own_path(kept):
+    p = kept(VLLM_API_KEY="theirs", SPARKCTL_API_KEY="ours")
+    body = b'{"prompt":  "\\u00fc", "stream" :false}'
+    got = p.call("POST", "/v1/tokenize?x=1&y", body, {"Authorization": "Bearer ours", "Cookie": "a=b", "X-Mine": "kept", "Connection": "X-Hop", "X-Hop": "1"})
+    head, sent = p.engine.seen[-1]
+    assert got.status == 200 and sent == body and head.startswith(b"POST /tokenize?x=1&y HTTP/1.1\r\n")
+    assert b"Bearer theirs" in head and b"X-Mine: kept" in head and not any(word in head for word in (b"ours", b"Cookie", b"X-Hop", b"Connection"))
+
+
+@pytest.mark.parametrize("path", ["/sleep", "/wake_up", "/metrics", "/collective_rpc", "/v1/load_lora_adapter", "/v1/../sleep", "/v1/completions/../../sleep", "/%2e/sleep", "//sleep", "/v1/completions%2f..%2fsleep"])
+def test_what_only_the_engine_offers_is_not_forwarded(kept, path):
+    p = kept()
+    assert p.post(path, {}).status in (404, 405) and not p.engine.seen
+
+
+def test_the_end_of_a_connections_reply_ends_an_sse_stream_with_an_error_first(kept):
+    def handle(c, head, body, n):
+        c.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n9\r\ndata: 1\n\n\r\n")
+        time.sleep(0.3)
+    p = kept(handle)
+    got = raw(p.port, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}", end=False)
+    assert b"data: 1\n\n\r\n" in got and b'event: error\ndata: {"error": {' in got and got.endswith(b"\n\n\r\n")
+    row = p.get("/api/activity").json["requests"][0]
+    assert (row["status"], row["model"], row["served_by"]) == (200, None, "main")
+
+
+def test_a_reader_that_does_not_read_costs_bounded_memory(kept):
+    sent = []
+
+    def handle(c, head, body, n):
+        c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 300000000\r\n\r\n")
+        for _ in range(300):
+            c.sendall(bytes(1000000))
+            sent.append(1)
+    p = kept(handle)
+    memory = lambda: int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{p.process.pid}/status").read_text())[1]) / 1024
+    before = memory()
+    with socket.create_connection(("127.0.0.1", p.port)) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}")
+        until(lambda: sent)
+        until(lambda: len(sent) == (time.sleep(0.5), len(sent))[1])          # it stands still
+        assert len(sent) < 50 and memory() < before + 20
+    until(lambda: serves(p)["in_flight"] == 0)
+
+
+FORM = b'--XX\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n--XX\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_upload_is_passed_on_as_it_comes_with_flat_memory(kept, chunked):
+    got = []
+
+    def handle(c, head, body, n):
+        got.append(len(body))
+        while sum(got) < 60_000_000:
+            got.append(len(c.recv(1 << 20)))
+        return plain(c, head, body, n)
+    p = kept(handle)
+    until(lambda: p.get("/healthz").status == 200)
+    memory = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{p.process.pid}/status").read_text())[1]) / 1024
+    before = memory()
+    framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 60000000"
+    with socket.create_connection(("127.0.0.1", p.port), 10) as sock:
+        def send(data):
+            sock.sendall(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+        sock.sendall(b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=XX\r\nExpect: 100-continue\r\n%b\r\n\r\n" % framing)
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        send(FORM)
+        send(bytes(70000))
+        until(lambda: sum(got) > 60000)             # it is there before we send the rest
+        for _ in range(59):
+            send(bytes(1_000_000))
+        send(bytes(60_000_000 - 59_000_000 - 70000 - len(FORM)))
+        sock.sendall(b"0\r\n\r\n" if chunked else b"")
+        assert sock.recv(100).startswith(b"HTTP/1.1 200 OK")
+    assert memory() < before + 12
+    assert (b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 60000000") in p.engine.seen[-1][0]
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 3000000", b"Transfer-Encoding: chunked"])
+def test_an_upload_that_is_too_large_is_413_before_it_is_read(kept, framing):
+    p = kept(lambda c, head, body, n: [c.recv(1 << 20) for _ in range(1000)], MAX_UPLOAD_MB="1")
+    with socket.create_connection(("127.0.0.1", p.port), 10) as sock:
+        sock.sendall(b"POST /v1/audio/translations HTTP/1.1\r\nHost: localhost\r\n%b\r\n\r\n" % framing)
+        data = b"2dc6c0\r\n" + bytes(2_000_000)     # goes on sending, as curl does
+        with contextlib.suppress(OSError):
+            sock.sendall(data)
+        assert b" 413 " in sock.recv(100)
+    assert p.get("/healthz").status == 200
+
+
+def test_an_engine_may_answer_before_an_upload_is_over(kept):
+    def handle(c, head, body, n):
+        said = b'{"error": {"message": "no audio here"}}'
+        c.sendall(b"HTTP/1.1 415 No\r\nContent-Length: %d\r\n\r\n" % len(said) + said)
+        time.sleep(1)
+    p = kept(handle)
+    head = b"POST /v1/audio/translations HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=XX\r\nContent-Length: 9000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", p.port), 10) as sock:
+        sock.sendall(head + FORM + bytes(70000))
+        got = b""
+        while chunk := sock.recv(65536):
+            got += chunk
+        assert got.startswith(b"HTTP/1.1 415 ") and b"no audio here" in got and b"\r\nConnection: close\r\n" in got
+
+
+@pytest.mark.parametrize("data,boundary,model", [
+    (FORM, "XX", "m"), (FORM, '"XX"', "m"), (FORM[:60], "XX", None), (FORM, "YY", None), (b"", "XX", None), (FORM.replace(b'"model"', b"model"), "XX", "m"),
+    (FORM.replace(b'name="model"', b'name="file"; filename="model"'), "XX", None), (FORM.replace(b"\r\nm\r\n", b"\r\n\xff\r\n"), "XX", "\ufffd"),
+])
+def test_the_model_of_a_form_is_found_in_its_first_parts(data, boundary, model):
+    assert sc.model_of_form(data, f"multipart/form-data; boundary={boundary}") == model
+    assert sc.model_of_form(data, "multipart/form-data") is None
+
+
+def test_all_bodies_together_have_a_limit(kept):
+    p = kept(MAX_BODY_MB="1")
+    with contextlib.ExitStack() as stack:
+        def send(n):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", p.port), 10))
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n" + bytes(70000))
+            return sock
+        socks = [send(n) for n in range(9)]
+        refused = until(lambda: [s for s in socks if select.select([s], [], [], 0)[0]])
+        assert len(refused) == 1 and b"too_much_at_once" in refused[0].recv(4096)
+    assert until(lambda: p.post("/v1/completions", b'{"prompt": "' + b"x" * 900000 + b'"}').status == 200)
+    # chunks count for what they hold, and the last byte may be one too many
+    for size, status in ((1 << 20, 200), ((1 << 20) + 1, 413)):
+        body = b'{"prompt": "' + b"x" * (size - 14) + b'"}'
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(body[i:i + 5000]), body[i:i + 5000]) for i in range(0, size, 5000))
+        got = raw(p.port, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n", end=False)
+        assert got.startswith(b"HTTP/1.1 %d " % status), got[:300]
+
+
+def variants(rng):
+    """Requests that are right, and such with one to three bytes or lines spoiled."""
+    body = rng.choice([b"{}", b'{"prompt": "x"}'])
+    framing = [b"Content-Length: %d" % len(body)] if rng.random() < 0.5 else [b"Transfer-Encoding: chunked"]
+    if framing[0].startswith(b"T"):
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    lines = [b"POST /v1/completions HTTP/1.1", b"Host: localhost", *framing, b"X-A: b"]
+    for _ in range(rng.randint(0, 3)):
+        kind, at = rng.randrange(7), rng.randrange(1, len(lines))
+        if kind == 0:
+            lines.insert(at, rng.choice([b"Content-Length: 5", b"Transfer-Encoding: chunked", b"Transfer-Encoding : chunked", b"Content-Length: +2", b"Content-Length: 2, 2",
+                                         b" folded", b"Transfer-Encoding: xchunked", b"Host: other", b"A\0: b", b"Content-Length:\x0b2", b": x"]))
+        elif kind == 1:
+            lines[at] += rng.choice([b"\r", b"\n", b"\0", b" ", b"\x0b", b"\nTransfer-Encoding: chunked"])
+        elif kind == 2:
+            lines[0] = rng.choice([b"POST  /v1/completions HTTP/1.1", b"POST /v1/completions HTTP/1.1 ", b"POST /v1/completions HTTP/9.9", b"POST /v1/completions", b"post /v1/completions HTTP/1.1",
+                                   b"POST /v1/completions\tHTTP/1.1", b"POST http://localhost/v1/completions HTTP/1.1"])
+        elif kind == 3:
+            i = rng.randrange(len(body))
+            body = body[:i] + bytes([rng.randrange(256)]) + body[i + 1:]
+        elif kind == 4:
+            body = body.replace(b"\r\n", rng.choice([b"\n", b"\r", b"\r\r\n", b" \r\n", b";a=b\r\n"]), 1)
+        elif kind == 5:
+            i = rng.randrange(len(lines[at]))
+            lines[at] = lines[at][:i] + bytes([rng.randrange(256)]) + lines[at][i + 1:]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def test_what_a_strict_parser_rejects_never_reaches_the_engine(kept):
+    h11 = pytest.importorskip("h11") if not CI else __import__("h11")
+    p, rng, reached, rejected = kept(), random.Random(5), 0, 0
+    for n in range(600):
+        data = variants(rng)
+        theirs, before = h11.Connection(h11.SERVER), len(p.engine.seen)
+        theirs.receive_data(data)
+        theirs.receive_data(b"")
+        try:
+            events = [theirs.next_event()]
+            while not isinstance(events[-1], (h11.EndOfMessage, h11.ConnectionClosed)) and events[-1] is not h11.NEED_DATA:
+                events.append(theirs.next_event())
+            good = isinstance(events[-1], h11.EndOfMessage)
+        except h11.RemoteProtocolError:
+            good = False
+        got = raw(p.port, data, seconds=3)
+        passed = len(p.engine.seen) - before
+        assert passed <= good, (data, got)
+        assert passed == got.count(b"HTTP/1.1 200 "), (data, got)
+        reached, rejected = reached + passed, rejected + (not good)
+    assert reached > 50 and rejected > 200
+
+
+def test_what_was_asked_is_listed_and_counted_with_its_tokens(kept):
+    p = kept()
+    p.post("/v1/completions", {"model": "m", "prompt": "x"})
+    p.post("/v1/completions", {"model": "nope\u202e", "prompt": "x"})
+    newest, first = p.get("/api/activity").json["requests"]
+    assert (first["model"], first["status"], first["prompt_tokens"], first["completion_tokens"], first["served_by"]) == ("m", 200, 3, 4, "main")
+    assert 0 < first["first_byte_seconds"] <= first["seconds"] < 5 and first["client"] == "127.0.0.1" and first["tokens_per_second"] > 0
+    assert (newest["model"], newest["status"], newest["served_by"], newest["first_byte_seconds"]) == ("nope\ufffd", 404, None, None)
+
+
+def test_counters_and_histograms_are_what_prometheus_wants():
+    activity = sc.Activity()
+    for seconds in (0.005, 0.02, 1000):
+        activity.add((1e9, "c", "POST /v1/completions", 200, 7, seconds, "id", "m", "main", "m", seconds / 2, True, b'{"usage": {"prompt_tokens": 3, "completion_tokens": 4}}'))
+    activity.add((1e9, "c", "POST /v1/completions", 404, 7, 0.1, "id", "made up", None, "", 0.0, False, b""))
+    activity.add((1e9, "c", "GET /healthz", 200, 7, 0.1, "id"))
+    got = {name: (kind, samples) for name, kind, _, samples in activity.families()}
+    assert all(name.startswith("sparkctl_") for name in got) and len(activity.recent()) == 4
+    assert [(s[1]["model"], s[1]["status"], s[2]) for s in got["sparkctl_requests_total"][1]] == [("", "404", 1), ("m", "200", 3)]
+    assert [s[2] for s in got["sparkctl_completion_tokens_total"][1]] == [0, 12]
+    kind, samples = got["sparkctl_request_seconds"]
+    buckets = [(s[1]["le"], s[2]) for s in samples if s[0] == "_bucket" and s[1]["model"] == "m"]
+    assert kind == "histogram" and buckets[:2] == [("0.01", 1), ("0.03", 2)] and buckets[-2:] == [("300", 2), ("+Inf", 3)]
+    assert [s[2] for s in samples if s[0] in ("_sum", "_count") and s[1]["model"] == "m"] == [1000.025, 3]
+
+
+@pytest.mark.parametrize("tail,tokens", [
+    (b'"choices":[],"usage":{"prompt_tokens":12,"total_tokens":20,"completion_tokens":8,"prompt_tokens_details":null},"x":null}', (12, 8)),
+    (b'data: {"type":"message_delta","usage": {"input_tokens": 5,"output_tokens":6}}\n\ndata: [DONE]\n\n\r\n0\r\n\r\n', (5, 6)),
+    (b'{"data":[],"usage":{"prompt_tokens":5,"total_tokens":5}}', (5, None)),
+    (b'{"content":"\\"usage\\":{\\"prompt_tokens\\":5}"}', (None, None)), (b'{"usage":null}', (None, None)), (b"", (None, None)),
+])
+def test_tokens_are_read_from_the_usage_at_the_end_of_a_reply(tail, tokens):
+    assert sc.tokens_of(tail) == tokens
+
+
+def test_held_requests_are_answered_in_the_order_they_came(two):
+    two.rig.behave("spark1", "alpha", load=2, token_delay=0)
+    two.post("/api/swap", {"model": "alpha"})
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        for n in range(12):
+            pool.submit(two.post, "/v1/completions", {"model": "alpha", "prompt": f"n{n}"})
+            until(lambda: serves(two)["held"] == n + 1)
+    asked = sorted((r["time"], r["body"]["prompt"]) for r in two.rig.requests("spark1") if r["body"]["prompt"].startswith("n"))
+    assert [prompt for _, prompt in asked] == [f"n{n}" for n in range(12)]
+    assert serves(two)["held"] == serves(two)["in_flight"] == 0
+
+
+def test_a_client_that_leaves_while_it_is_held_gives_its_place_up(two):
+    two.rig.behave("spark1", "alpha", load=20)
+    two.post("/api/swap", {"model": "alpha"})
+    with socket.create_connection(("127.0.0.1", two.port)) as sock:
+        sock.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15\r\n\r\n{"prompt": "x"}')
+        until(lambda: serves(two)["held"] == 1)
+    until(lambda: serves(two)["held"] == 0, 3)
+
+
+def test_swaps_back_and_forth_under_32_clients_lose_double_and_misroute_nothing(two):
+    two.rig.behave("spark1", "*", load=0.1, tokens=5, token_delay=0.02)
+    assert two.swap("alpha").status == 200
+    ends, told = time.monotonic() + float(os.environ.get("SWAP_SECONDS", 5)), []
+    names = {"alpha": ("alpha", "gpt-4o", "org/alpha"), "beta": ("beta", "org/beta")}
+
+    def client(number):
+        rng, n = random.Random(number), 0
+        while time.monotonic() < ends:
+            n += 1
+            name, chat, key = rng.choice(("alpha", "gpt-4o", "beta", "org/beta", None)), rng.random() < 0.5, f"c{number}-{n}"
+            body = {"messages": [{"role": "user", "content": key}], "stream": True} if chat else {"prompt": key}
+            got = two.post("/v1/chat/completions" if chat else "/v1/completions", body | ({"model": name} if name else {}))
+            told.append((key, name, got))
+            if got.status != 200:
+                time.sleep(0.02)
+    with concurrent.futures.ThreadPoolExecutor(33) as pool:
+        clients = [pool.submit(client, number) for number in range(32)]
+        swaps = 0
+        while time.monotonic() < ends:
+            assert two.swap("beta" if swaps % 2 == 0 else "alpha").json["phase"] == "ready"
+            swaps += 1
+        for one in clients:
+            one.result()
+    assert swaps >= 2
+    done = until(lambda: [r for r in two.rig.requests("spark1") if r["path"] != "/v1/completions" or r["body"]["prompt"] != "Hello"])
+    served = {}
+    for r in done:
+        key = r["body"].get("prompt") or r["body"]["messages"][0]["content"]
+        assert key not in served, f"{key} was sent to an engine twice"
+        served[key] = r
+    counts = {}
+    for key, name, got in told:
+        counts[got.status] = counts.get(got.status, 0) + 1
+        if got.status == 200:
+            text = got.body.decode()
+            model = re.search(r'"model":"(\w+)"', text)[1]
+            assert served[key]["completed"] and served[key]["served"] == model and (name is None or name in names[model])
+            pieces = [json.loads(line[6:])["choices"] for line in text.splitlines() if line.startswith("data: {")]
+            said = "".join(p[0]["delta"].get("content", "") for p in pieces) if pieces else got.json["choices"][0]["text"]
+            assert said == "echo: " + key and (not pieces or text.rstrip().endswith("data: [DONE]"))
+        else:
+            assert (got.status, got.code) in ((503, "model_leaving"), (503, "model_not_serving"), (503, "swapping")), got.body
+            assert got.headers["Retry-After"] and key not in served
+    assert counts[200] > 50 and len({k for k, _, _ in told}) == len(told)
+    until(lambda: (serves(two)["held"], serves(two)["in_flight"]) == (0, 0))
+
+
+def auto(rig, start, tmp_path, **more):
+    p = start(rig_env(rig, tmp_path, AUTO_SWAP="on", **more), args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    p.rig = rig
+    return p
+
+
+def ask(p, model):
+    return p.post("/v1/completions", {"model": model, "prompt": "x"})
+
+
+def test_with_auto_swap_requests_start_the_swap_once_and_wait_for_it_together(rig, start, tmp_path):
+    p = auto(rig, start, tmp_path)
+    assert {"alpha", "beta", "wide"} <= {c["id"] for c in p.get("/v1/models").json["data"]}
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        got = list(pool.map(lambda n: ask(p, "alpha" if n % 2 else "gpt-4o"), range(10)))
+    assert [g.status for g in got] == [200] * 10 and {g.json["model"] for g in got} == {"alpha"}
+    [swap] = p.idle()
+    assert swap["automatic"] and swap["client"] == "127.0.0.1" and len(launches(rig)) == 1
+    # what has just come stays: two clients that alternate do not make the box do so
+    for _ in range(3):
+        refused = ask(p, "beta")
+        assert (refused.status, refused.code) == (503, "serving_too_short") and 60 < int(refused.headers["Retry-After"]) <= 120
+        assert ask(p, "alpha").status == 200
+    assert len(p.idle()) == 1
+
+
+def test_an_auto_swap_follows_another_one_and_respects_the_lock(rig, start, tmp_path):
+    p = auto(rig, start, tmp_path, MIN_SERVING_SECONDS="0")
+    held = lock(p)["token"]
+    got = ask(p, "alpha")
+    assert (got.status, got.code) == (503, "swap_locked") and got.headers["Retry-After"]
+    assert p.call("DELETE", "/api/swap/lock", headers=token(held)).status == 200
+    rig.behave("spark1", "alpha", load=1)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        first = [pool.submit(ask, p, "alpha") for _ in range(2)]
+        p.phase("loading")
+        second = [pool.submit(ask, p, "beta") for _ in range(2)]
+        assert [f.result().json["model"] for f in first + second] == ["alpha", "alpha", "beta", "beta"]
+    assert [s["model"] for s in p.idle()] == ["beta", "alpha"]
+
+
+def test_those_who_wait_for_an_auto_swap_that_fails_are_told_and_start_no_other(rig, start, tmp_path):
+    p = auto(rig, start, tmp_path)
+    assert ask(p, "alpha").status == 200
+    rig.behave("spark1", "beta", mode="oom", load=1)
+    p.post("/api/swap", {"model": "beta"})
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        got = list(pool.map(lambda _: ask(p, "beta"), range(5)))
+    assert {(g.status, g.code) for g in got} == {(503, "swap_failed")} and "memory" in got[0].json["error"]["message"]
+    assert [s["model"] for s in p.idle()] == ["alpha", "beta", "alpha"]
+
+
+def test_where_a_request_goes_follows_from_what_is_served_and_the_swap_that_runs():
+    catalog, _ = sc.parse_catalog({"models": {"a": {"repo": "o/a"}, "b": {"repo": "o/b", "aliases": ["bee"]}, "c": {"repo": "o/c"}}}, {}, ())
+    slots = {n: sc.Slot(n, ("spark1",), 1, n, "x") for n in ("main", "two")}
+    services = {"side": sc.Service("side", "vllm", "spark1", 8000)}
+    config = sc.Config(None, {}, catalog, sc.Layout(slots, {}, services), ())
+    served = {"main": ("a", "o/a"), "two": (), "service:side": ("gemma",), "service:gone": ("ghost",)}
+    loading = sc.Swap("s", "main", "b", phase="checking")
+
+    def told(name, swap=None, held=False, **now):
+        try:
+            return sc.route_model(name, config, {**served, **now}, swap, held)
+        except sc.Refused as e:
+            return e.code
+    assert [told(n) for n in ("a", "o/a", None, "gemma", "ghost", "bee", "d")] == [
+        ("main", False), ("main", False), ("main", False), ("service:side", False), "model_not_found", "model_not_serving", "model_not_found"]
+    # while it is checked the old model serves on, and who asks for the new one waits
+    assert [told(n, loading) for n in ("a", None, "bee", "c", "gemma")] == [("main", False), ("main", False), ("main", True), "model_not_serving", ("service:side", False)]
+    assert [told(n, loading, True) for n in ("a", None, "o/b", "c", "gemma")] == ["model_leaving", ("main", True), ("main", True), "model_not_serving", ("service:side", False)]
+    assert told("a", loading, True, two=("a",)) == ("two", False)               # another slot serves it too
+    assert told("b", sc.Swap("s", "main", "b", dry_run=True)) == "model_not_serving"
+    unload = sc.Swap("s", "main", None, phase="draining")
+    assert [told(n, unload, True) for n in ("a", None)] == ["model_leaving", "nothing_served"]
+
+
+def test_who_waited_at_one_slot_and_is_served_by_another_leaves_no_place_in_the_line():
+    catalog, _ = sc.parse_catalog({"models": {"a": {"repo": "o/a"}, "b": {"repo": "o/b"}}}, {}, ())
+    slots = {n: sc.Slot(n, ("spark1",), 1, n, "x") for n in ("main", "two")}
+    config = sc.Config(sc.parse_settings({}), {}, catalog, sc.Layout(slots, {}, {}), ())
+    fake = types.SimpleNamespace(gate=sc.Gate(), monitor=types.SimpleNamespace(served={"main": ("a",)}), store=types.SimpleNamespace(current=config),
+                                 swaps=types.SimpleNamespace(book=sc.Book(running=sc.Swap("s", "main", "b", phase="draining"))), _parked=threading.BoundedSemaphore(1))
+    fake.gate.hold("main")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(sc.App.admit, fake, types.SimpleNamespace(gone=lambda: False), "b")
+        until(lambda: fake.gate.counts("main") == (0, 1))
+        fake.monitor.served = {"main": ("a",), "two": ("b",)}
+        assert waits.result(5) == ("two", None)
+    assert fake.gate.counts("main") == (0, 0) and fake.gate.counts("two") == (1, 0)
+    fake.gate.release("main")
+    assert fake.gate.enter("main") and fake._parked.acquire(blocking=False)
+
+
+def test_the_gate_lets_those_who_waited_go_one_by_one_and_newcomers_after_them():
+    gate = sc.Gate()
+    assert gate.enter("main") and not gate._due
+    gate.hold("main")
+    assert not gate.enter("main") and gate.drain("main", 0, threading.Event()) == 1
+    tickets = [gate.queue("main", False) for _ in range(3)]
+    later = gate.queue("main", True)
+    gate.release("main")
+    assert [t.is_set() for t in tickets] == [True, False, False] and not gate.enter("main", tickets[1]) and not gate.enter("main")
+    newcomer = gate.queue("main", False)
+    assert gate.enter("main", tickets[0])
+    gate.step_out("main", tickets[0])
+    assert tickets[1].is_set() and not tickets[2].is_set()
+    gate.hold("main")                                   # the next swap came before their turn
+    assert not tickets[1].is_set() and not gate.enter("main", tickets[1])
+    gate.release("main")
+    for ticket in (tickets[1], tickets[2], later, newcomer):
+        assert ticket.is_set() and gate.enter("main", ticket)
+        gate.step_out("main", ticket)
+    assert gate.enter("main") and gate.counts("main") == (7, 0)
+
+
+def test_the_openai_sdk_works_against_it(two):
+    openai = pytest.importorskip("openai") if not CI else __import__("openai")
+    assert two.swap("alpha").status == 200
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{two.port}/v1", api_key="none", max_retries=2)
+    assert [m.id for m in client.models.list()] == ["alpha", "org/alpha", "gpt-4o"]
+    messages = [{"role": "user", "content": "hi"}]
+    got = client.chat.completions.create(model="gpt-4o", messages=messages)
+    assert got.choices[0].message.content == "echo: hi" and got.usage.completion_tokens == 5
+    parts = list(client.chat.completions.create(model="alpha", messages=messages, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in parts if c.choices) == "echo: hi" and parts[-1].usage.completion_tokens == 5
+    row = two.get("/api/activity").json["requests"][0]
+    assert (row["model"], row["completion_tokens"]) == ("alpha", 5) and row["tokens_per_second"] > 0
+    with pytest.raises(openai.NotFoundError) as e:
+        client.chat.completions.create(model="nope", messages=messages)
+    assert e.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="alpha", messages=messages, max_tokens=10**9)
+    with pytest.raises(openai.APIStatusError):              # what the engine says of what it does not do
+        client.embeddings.create(model="alpha", input="x")
+    # a refusal with Retry-After is retried by the SDK until the swap is over
+    two.rig.behave("spark1", "beta", load=0.5)
+    two.post("/api/swap", {"model": "beta"})
+    assert client.chat.completions.create(model="beta", messages=messages).model == "beta"
+    two.rig.behave("spark1", "beta", tokens=200, token_delay=0.05)
+    with pytest.raises(openai.APIError) as e:
+        for n, _ in enumerate(client.chat.completions.create(model="beta", messages=messages, stream=True)):
+            if n == 3:
+                two.rig.kill_engine("spark1")
+    assert "ended the stream" in str(e.value)
 
 
 # === 14 http ==================================================================
