@@ -5007,6 +5007,16 @@ class Monitor:
         hidden = config.settings["DISABLED_SERVICES"]
         return {s.name: s for s in config.layout.services.values() if (s.configured or s.name in self._services) and s.name not in hidden}
 
+    def _publish_locked(self, key, ids):
+        """Tell the data path what a slot, or "service:NAME", answers to; slots come first."""
+        rest = {k: v for k, v in self.served.items() if k != key}
+        self.served = dict(sorted((rest | {key: ids} if ids else rest).items(), key=lambda row: row[0].startswith("service:")))
+
+    def _publish_service(self, name, ids):
+        with self._lock:
+            if self.served.get("service:" + name, ()) != ids:
+                self._publish_locked("service:" + name, ids)
+
     def observe(self, name, probe, foreign=False):
         """Record what a slot answered; foreign: seen by a poll, so that a change is none of our swaps' doing."""
         with self._lock:
@@ -5014,7 +5024,7 @@ class Monitor:
             if old and (old.probe.state, old.probe.served) == (probe.state, probe.served):
                 return
             self._slots[name] = SlotView(probe, utc())
-            self.served = {**self.served, name: probe.served}
+            self._publish_locked(name, probe.served)
         if old and old.probe.served == probe.served and {old.probe.state, probe.state} == {"serving", "wedged"}:
             wedged = probe.state == "wedged"
             said = f"is wedged: {probe.detail}" if wedged else "is not wedged any more"
@@ -5032,7 +5042,7 @@ class Monitor:
         if slot is None:                        # gone from the file; it may come back
             with self._lock:
                 self._slots.pop(name, None)
-                self.served = {key: ids for key, ids in self.served.items() if key != name}
+                self._publish_locked(name, ())
         elif before[0] is None:
             endpoint = endpoint_of(slot, self._hosts, config.settings)
             probe = probe_vllm_endpoint(endpoint)
@@ -5078,11 +5088,13 @@ class Monitor:
             (s.host, s.port) for s in config.layout.services.values() if s.configured}
         if hidden or not service.configured and (service.host, service.port) in taken:
             self._services.pop(name, None)
+            self._publish_service(name, ())
             return self._closing.wait(poll)
         endpoint, path = service_place(service, self._hosts, config.settings)
         state, detail, facts = probe_service(service, endpoint, path)
         if service.kind == "vllm":
             self._ask_vitals("service-" + name, endpoint, state == "serving")
+            self._publish_service(name, tuple(facts.get("names", ())) if not endpoint.tls and not path else ())
         if old or service.configured or state == "serving" and (facts or not KINDS[service.kind].ask):
             box = self.spark(service.host).containers.get(service.container) if service.host else None
             detail += f"; docker says of {service.container}: {box}" if box and state != "serving" else ""
@@ -6021,8 +6033,7 @@ class App:
             return endpoint_of(place, self.hosts, config.settings)
         if place is None:
             raise Refused(503, "nothing_served", "it was taken out of services-overrides.yaml a moment ago", {"Retry-After": "30"})
-        url = urllib.parse.urlsplit(place.url or f"http://{self.hosts.address(place.host)}:{place.port}")
-        return Endpoint(url.hostname, url.port or 80, config.settings["VLLM_API_KEY"])
+        return service_place(place, self.hosts, config.settings)[0]
 
     def admit(self, r, name):
         """Count a /v1 request in where the model of that name is served -> (key of monitor.served, its ticket or None).
@@ -6515,7 +6526,7 @@ def repo_model(app, key):
 
 
 def get_disk(app, r):
-    config, served = app.store.current, app.views()
+    config, served = app.store.current, app.monitor.served
     with app.parking():                         # a look takes a while: not more of them than places to wait
         return 200, app.transfers.disk({m.key for m in config.models.values() if weights_used_by(m, config, app.swaps.book, served)})
 

@@ -2883,6 +2883,18 @@ def test_the_openai_sdk_works_against_it(two):
     assert "ended the stream" in str(e.value)
 
 
+def test_a_vllm_that_is_a_service_is_reached_by_the_name_of_its_model_for_as_long_as_it_serves(rig, start, tmp_path):
+    env, port = rig_env(rig, tmp_path), rig.free_port("spark2")
+    (tmp_path / "services.yaml").write_text(f"services: {{gemma: {{kind: vllm, host: spark2, port: {port}}}}}")
+    engine = rig.start_foreign("spark2", port, "org/gemma")
+    p = start(env, args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    ask = lambda: p.post("/v1/completions", {"model": "org/gemma", "prompt": "x"})
+    until(lambda: ask().status == 200, what="the service's model")
+    assert [(m["id"], m["slot"]) for m in p.get("/v1/models").json["data"]] == [("org/gemma", "service:gemma")]
+    engine.kill()
+    until(lambda: ask().code == "model_not_found", what="its end being noticed")
+
+
 # === 14 http ==================================================================
 
 @pytest.fixture
