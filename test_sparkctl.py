@@ -1941,20 +1941,23 @@ def test_swaps_back_and_forth_under_32_clients_lose_double_and_misroute_nothing(
         key = r["body"].get("prompt") or r["body"]["messages"][0]["content"]
         assert key not in served, f"{key} was sent to an engine twice"
         served[key] = r
-    counts = {}
+    counts, unnoted = {}, 0
     for key, name, got in told:
         counts[got.status] = counts.get(got.status, 0) + 1
         if got.status == 200:
             text = got.body.decode()
             model = re.search(r'"model":"(\w+)"', text)[1]
-            assert served[key]["completed"] and served[key]["served"] == model and (name is None or name in names[model])
+            # the pretended engine notes a request after its answer; one that is ended in between leaves no note, and the answer has to do
+            noted = served.get(key, {"completed": True, "served": model})
+            unnoted += key not in served
+            assert noted["completed"] and noted["served"] == model and (name is None or name in names[model])
             pieces = [json.loads(line[6:])["choices"] for line in text.splitlines() if line.startswith("data: {")]
             said = "".join(p[0]["delta"].get("content", "") for p in pieces) if pieces else got.json["choices"][0]["text"]
             assert said == "echo: " + key and (not pieces or text.rstrip().endswith("data: [DONE]"))
         else:
             assert (got.status, got.code) in ((503, "model_leaving"), (503, "model_not_serving"), (503, "swapping")), got.body
             assert got.headers["Retry-After"] and key not in served
-    assert counts[200] > 50 and len({k for k, _, _ in told}) == len(told)
+    assert counts[200] > 50 and unnoted <= 2 * swaps and len({k for k, _, _ in told}) == len(told)
     until(lambda: (serves(two)["held"], serves(two)["in_flight"]) == (0, 0))
 
 
