@@ -5394,6 +5394,7 @@ class Pool:
     """Idle connections to engines, the one used last first. Safe to use from any thread."""
 
     IDLE_S = 4.0                    # uvicorn closes after 5 (uvicorn/config.py, timeout_keep_alive)
+    PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
     def __init__(self):
         self._idle = {}             # (host, port) -> deque of (socket, since when), thread-safe by itself
@@ -5405,7 +5406,7 @@ class Pool:
             try:
                 sock, since = idle.pop()
                 if since > fresh:
-                    sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                    sock.recv(1, self.PEEK)
             except IndexError:                  # another thread was quicker
                 break
             except BlockingIOError:             # as it should be: open, and nothing said
@@ -5426,11 +5427,15 @@ class Pool:
 
     def put(self, endpoint, sock):
         """Give back a connection on which a reply ended as it should; those that were idle for too long go."""
-        idle, now = self._idle.setdefault(endpoint[:2], collections.deque()), time.monotonic()
+        idle, now = self._idle.get(endpoint[:2]), time.monotonic()
+        if idle is None:
+            idle = self._idle.setdefault(endpoint[:2], collections.deque())
         idle.append((sock, now))
-        with contextlib.suppress(IndexError):
+        try:
             while idle[0][1] < now - self.IDLE_S:
                 idle.popleft()[0].close()
+        except IndexError:                      # another thread was quicker
+            pass
 
 
 class BodyEnd:
@@ -5593,11 +5598,13 @@ def relay(client, request, pool, endpoint, head, feed, sent, close):
     try:
         try:
             fed = False
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):        # it may have answered before the body was over
+            try:
                 if count < len(whole) or whole is head:
                     upstream.sendall(whole[count:])
                     upstream.sendall(request.body if whole is head else b"")
                 fed = feed is None or feed(upstream)
+            except (BrokenPipeError, ConnectionResetError):         # it may have answered before the body was over
+                pass
             request.body = whole = b""          # of those that wait long for an answer only the answer costs memory
             sent()
             got = receive(upstream, client, FIRST_BYTE_S)
@@ -6838,7 +6845,8 @@ class Handler(BaseHTTPRequestHandler):
             self.lingers = self.close_connection
             status, size = self.reply(request, e.status, e.body(), e.headers)
         finally:
-            self.free()
+            if self.reserved:
+                self.free()
             if request or status:
                 self.tell(request, began, asked, status, size)
             if busy:
@@ -6896,9 +6904,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reserved += size
 
     def free(self):
-        if self.reserved:
-            self.server.bodies(-self.reserved)
-            self.reserved = 0
+        self.server.bodies(-self.reserved)
+        self.reserved = 0
 
     def read_body(self, request, length, most):
         """The whole body, at most `most` bytes. Raises Refused 413, 408, 400, 503."""
@@ -7028,7 +7035,8 @@ class Handler(BaseHTTPRequestHandler):
         request.where, ticket = app.admit(request, name)
 
         def sent():
-            self.free()
+            if self.reserved:
+                self.free()
             if ticket:
                 app.gate.step_out(request.where, ticket)
         try:
