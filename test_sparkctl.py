@@ -167,6 +167,7 @@ def rig(tmp_path):
     r = Rig(tmp_path)
     for spark in r.sparks:
         r.control(spark, "meminfo", MEMINFO)
+        r.control(spark, "glance")
         r.control(spark, "launcher_sleep", 0)
         r.control(spark, "stop_delay", 0.05)
         r.behave(spark, "*", load=0.3)
@@ -176,6 +177,13 @@ def rig(tmp_path):
     r.port = r.free_port("spark1")
     yield r
     r.close()
+
+
+@pytest.fixture
+def looked_at(rig):
+    """Polls see all of a Spark, as they do outside of most tests."""
+    for spark in rig.sparks:
+        rig.clear(spark, "glance")
 
 
 @pytest.fixture
@@ -1680,7 +1688,7 @@ def test_hostile_names_neither_break_nor_forge_a_row(store):
         (hub / name / "blobs").mkdir()
         (hub / name / "blobs/a\nrepo models--org--forged2\n.0a.incomplete").write_bytes(b"x" * 1000)
     index = {"weight_map": {"a": "x" * 10_000 + ".safetensors", "b": "$(id).safetensors", "c": "a\nrepo models--org--forged3\n.safetensors", "d": "../../../../../../etc/passwd"}}
-    (hub / "models--org--alpha/snapshots").joinpath(next(iter(os.listdir(hub / "models--org--alpha/snapshots"))), "evil.index.json").write_text(json.dumps(index))
+    (hub / "models--org--alpha/snapshots").joinpath(next(iter(os.listdir(hub / "models--org--alpha/snapshots"))), "model.safetensors.index.json").write_text(json.dumps(index))
     os.symlink("/", hub / "models--org--beta/blobs/root")
     rows = repos_of(store)
     odd = {name for name in rows if name not in before}
@@ -1840,7 +1848,7 @@ def test_a_spark_that_dies_and_comes_back_is_told_and_costs_only_its_own_tile(tw
     until(lambda: state()["spark2"]["state"] == "ok", 40)
 
 
-def test_what_an_engine_holds_on_the_gpu_is_in_its_sparks_ledger_and_a_gpu_that_hangs_is_told(two):
+def test_what_an_engine_holds_on_the_gpu_is_in_its_sparks_ledger_and_a_gpu_that_hangs_is_told(two, looked_at):
     assert two.swap("alpha").status == 200
     told = until(lambda: (led := spark_state(two)["spark1"]["ledger"]) and led["engines"].get("main") and led)
     assert told["engines"] == {"main": 18.69} and spark_state(two)["spark1"]["gpu"]["power_w"] == 3
@@ -1904,7 +1912,7 @@ STUBS = {      # kind -> what it answers, the facts of its tile, what it is aske
 
 
 @pytest.fixture
-def zoo(rig, start, tmp_path):
+def zoo(rig, looked_at, start, tmp_path):
     """A program with a service of every kind on spark2, and a vLLM there that is not ours."""
     stubs = {kind: Stub(dict(answers)) for kind, (answers, _, _) in STUBS.items()}
     port = rig.free_port("spark2")
@@ -2005,7 +2013,11 @@ def test_a_services_log_is_told_followed_and_its_reader_may_leave(zoo):
             assert chunk
         reading = [c for c in zoo.rig.calls("spark2") if "docker logs" in c["command"] and " -f " in c["command"]]
         assert len(reading) == 1 and os.path.exists(f"/proc/{reading[0]['pid']}")
-        followers = lambda: [pid for pid in zoo.rig._processes("RIG_SPARK=spark2") if b"\0logs\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+        def followers():
+            with contextlib.suppress(OSError):  # one ended while it was looked at
+                return [pid for pid in zoo.rig._processes("RIG_SPARK=spark2") if b"\0logs\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            return followers()
         assert followers()
     until(lambda: not os.path.exists(f"/proc/{reading[0]['pid']}"), what="the end of what nobody reads")
     until(lambda: not followers(), what="the end of it on the Spark")
@@ -2050,7 +2062,7 @@ def test_counters_that_begin_again_are_no_negative_rate_and_a_frozen_engine_is_c
     assert sc.vitals_after(second, second.told, 30.0).frozen == 1 and sc.vitals_after(second, {**second.told, "running": 0}, 30.0).frozen == 0
 
 
-def test_an_engine_that_holds_requests_and_makes_no_token_is_wedged_until_it_makes_one(rig, start, tmp_path, monkeypatch):
+def test_an_engine_that_holds_requests_and_makes_no_token_is_wedged_until_it_makes_one(rig, looked_at, start, tmp_path, monkeypatch):
     stub = Stub({"/health": (200, b""), "/v1/models": (200, {"data": [{"id": "alpha"}]}), "/v1/completions": (500, {"error": {}})}, "127.0.0.1")
     counted = lambda running, tokens: stub.answers.update({"/metrics": (200, (
         f"vllm:num_requests_running {running}\nvllm:prompt_tokens_total 5\nvllm:generation_tokens_total {tokens}\n").encode())})
@@ -2092,7 +2104,7 @@ def test_rings_are_bounded_and_a_minute_is_the_mean_of_what_is_known():
     assert list(h.read(now + 2 * 86400, 60)["sparks"]) == ["spark2"]
 
 
-def test_the_history_fills_at_the_pace_of_the_looks(two):
+def test_the_history_fills_at_the_pace_of_the_looks(two, looked_at):
     got = until(lambda: (h := two.get("/api/history?minutes=5").json)["sparks"].get("spark1", {}).get("power_w", [None])[-1] and h)
     assert got["sparks"]["spark1"]["available_gb"][-1] == 114.4 and len(got["sparks"]["spark1"]["at"]) == len(got["sparks"]["spark1"]["gpu_busy"])
     assert two.get("/api/history?minutes=0").status == 422
@@ -2102,7 +2114,7 @@ def told_names(text):
     return {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
 
 
-def test_metrics_are_what_an_independent_parser_takes_and_the_readme_names_them(two):
+def test_metrics_are_what_an_independent_parser_takes_and_the_readme_names_them(two, looked_at):
     assert two.swap("alpha").status == 200 and two.get("/nothing").status == 404
     two.post("/api/swap", {"model": "nothing"})
     until(lambda: (spark_state(two)["spark1"]["ledger"] or {}).get("engines") and serves(two)["facts"].get("running") is not None)
@@ -2127,7 +2139,7 @@ def test_what_is_named_in_a_metric_may_be_hostile():
     assert said == '# HELP sparkctl_x help\n# TYPE sparkctl_x gauge\nsparkctl_x{a="b\\"\\\\\\n\u202e?"} 1.0\nsparkctl_x_y +Inf\n'
 
 
-def test_of_a_spark_that_freezes_during_a_swap_the_last_seconds_are_kept_with_the_swap(two):
+def test_of_a_spark_that_freezes_during_a_swap_the_last_seconds_are_kept_with_the_swap(two, looked_at):
     two.rig.behave("spark1", "alpha", load=60)
     until(lambda: spark_state(two)["spark1"]["state"] == "ok")
     swap = two.post("/api/swap", {"model": "alpha"}).json
@@ -5681,6 +5693,10 @@ def main():
             frozen()
             time.sleep(0.05)
         die("client_loop: send disconnect: Broken pipe")
+    if "@gpu" in command and "clock %s" not in command and exists(home + "/glance"):
+        # a poll costs a dozen processes; where a test is not about what it tells, it tells of memory only
+        sys.stdout.write("".join("/proc/meminfo:" + line for line in open(home + "/meminfo")) + "@gpu\n@apps\n@groups\n@docker\nok\n@df\n@end\n")
+        return 0
 
     env = {"HOME": home + "/home", "USER": user, "LOGNAME": user, "SHELL": "/bin/sh", "LANG": "C.UTF-8",
            "PATH": home + "/bin:/usr/bin:/bin", "RIG_ROOT": ROOT, "RIG_SPARK": name, "SPARK_ADDRESS": address,
