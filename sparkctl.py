@@ -1627,12 +1627,129 @@ done
 """
 
 
-# Who holds GPU memory: `gpu PID MIB CONTAINER NAME`. Of a GB10 nvidia-smi tells no memory but this (snowflakedb/ArcticTraining#345).
-GPU_HOLDERS = """timeout 5 nvidia-smi --query-compute-apps=pid,used_memory,process_name --format=csv,noheader,nounits 2>/dev/null |
-while IFS=', ' read -r p m n; do
-  i=$(grep -oE '[0-9a-f]{64}' "/proc/$p/cgroup" 2>/dev/null | head -n 1 | cut -c 1-12); printf 'gpu %s %s %s %s\\n' "$p" "$m" "${i:--}" "$n"
-done
-timeout 5 docker ps --format 'container {{.ID}} {{.Names}}' 2>/dev/null"""
+# --- what a Spark is asked, and how its answer is read: total, since a Spark may answer anything
+
+SMI = "t nvidia-smi --query-{}={} --format=csv,noheader,nounits"
+LIGHT_FILES = "/proc/meminfo /proc/pressure/memory"
+SPARK_FILES = LIGHT_FILES + (" /proc/loadavg /proc/uptime /sys/class/thermal/thermal_zone*/temp /sys/class/net/*/operstate"
+                             " /sys/class/net/*/speed /sys/class/infiniband/*/ports/1/state")
+GPU_CELLS = ("utilization.gpu", "power.draw", "temperature.gpu", "clocks.current.sm", "driver_version")
+
+
+def spark_script(light=False):
+    """One look at a Spark, without root: files as `path:line`, then after `@part` what a program said, `@end` at last.
+
+    Any part may be missing, and a program that hangs is ended. light: memory, pressure and GPU only. It runs every few
+    seconds, hence two greps instead of a cat for each file.
+    """
+    script = f"""t() {{ timeout -k 1 3 "$@" 2>/dev/null </dev/null; }}
+grep -Hs '' {LIGHT_FILES if light else SPARK_FILES}
+echo @gpu; {SMI.format("gpu", ",".join(GPU_CELLS))}
+"""
+    # a process's container stands in its cgroup's name; anon and shmem are a container's own memory, without page cache
+    return script + ("" if light else f"""a=$({SMI.format("compute-apps", "pid,used_memory")}) && echo @apps && printf '%s\\n' "$a"
+f=
+while IFS=' ,' read -r p m; do case $p in ''|*[!0-9]*) ;; *) f="$f /proc/$p/cgroup" ;; esac; done <<E
+$a
+E
+c=/sys/fs/cgroup
+echo @groups; grep -HsE 'docker|^(anon|shmem) ' $f $c/system.slice/docker-*.scope/memory.stat $c/docker/*/memory.stat
+echo @docker; t docker ps -a --no-trunc --format '{{{{.ID}}}} {{{{.Names}}}} {{{{.Status}}}}' && echo ok
+echo @df; t df -Pk "${{HF_HOME:-$HOME/.cache/huggingface}}" "$HOME" /
+""") + "echo @end\nexit 0\n"
+
+
+def figure(cell):
+    """The number in a cell, or None: on GB10 nvidia-smi says [N/A] or Not Supported in many."""
+    m = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*", cell, re.ASCII)
+    return float(m[1]) if m else None
+
+
+def parse_meminfo(lines):
+    """Lines of /proc/meminfo -> {name: GiB}."""
+    return {m[1]: int(m[2]) / (1 << 20) for line in lines if (m := re.fullmatch(r"(\w+):\s+(\d{1,15}) kB", line, re.ASCII))}
+
+
+def parse_apps(lines):
+    """`pid, MiB` lines of nvidia-smi -> {pid: GiB, None where it does not tell}. On GB10 this works, unlike the GPU's own memory."""
+    found = filter(None, (re.fullmatch(r"(\d{1,10}),([^,]*)", line.strip(), re.ASCII) for line in lines))
+    return {int(m[1]): None if (mib := figure(m[2])) is None else mib / 1024 for m in found}
+
+
+def parse_spark(out):
+    """spark_script's output -> what the Spark told; None, or nothing, for what it did not. `hangs`: the part it came no further than."""
+    part, parts, files = "files", collections.defaultdict(list), collections.defaultdict(list)
+    for line in out.splitlines()[:20_000]:
+        part = line[1:20] if line.startswith("@") else part
+        parts[part] += [] if line.startswith("@") else [line]
+    for line in parts["files"] + parts["groups"]:
+        path, _, said = line.partition(":")
+        files[path].append(said)
+    named = lambda pattern: [(m[1], said) for path, said in files.items() if (m := re.search(pattern + "$", path, re.ASCII))]
+    words = lambda pattern: [figure(word) for _, said in named(f"({pattern})") for word in said[0].split()] or [None]
+    gpu = (parts["gpu"] or [""])[0].split(",")
+    cells = [*map(figure, gpu), *[None] * 4]
+    pressure = re.search(r"some avg10=(\d{1,3}\.\d\d)", " ".join(said[0] for _, said in named("(/pressure/memory)")))
+    container = r"docker[-/]([0-9a-f]{64})"
+    rows = [line.split(" ", 2) for line in parts["docker"]]
+    heat = [t / 1000 for _, said in named("/thermal_zone(.*)/temp") if (t := figure(said[0])) is not None]
+    df = [*map(figure, " ".join(parts["df"][1:2]).split()), *[None] * 4]
+    speeds = dict(named("/net/([^/]*)/speed"))
+    return {
+        "memory": parse_meminfo(line for _, said in named("(/meminfo)") for line in said),
+        "pressure": float(pressure[1]) if pressure else None,
+        "gpu": {**dict(zip(("busy", "power_w", "temperature_c", "clock_mhz"), cells)),
+                "driver": printable(gpu[4].strip(), 40)} if len(gpu) == 5 else None,
+        "apps": parse_apps(parts["apps"]) if "apps" in parts else None,
+        "container_of": {int(pid): m[1] for pid, said in named(r"/(\d{1,10})/cgroup") if (m := re.search(container, " ".join(said)))},
+        "container_gb": {name: sum(figure(line.split(" ")[-1]) or 0 for line in said) / GIB
+                         for name, said in named(container + r"[^/]*/memory\.stat")},
+        "containers": {row[0]: (row[1], printable(row[2], 200)) for row in rows if len(row) == 3} if ["ok"] in rows else None,
+        "load": words("/loadavg")[0], "uptime_s": words("/uptime")[0], "temperature_c": max(heat, default=None),
+        "disk": {"total_gb": round(df[1] / (1 << 20)), "free_gb": round(df[3] / (1 << 20), 1)} if df[1] and df[3] else None,
+        "links": [{"name": name, "state": printable(said[0], 20), "mbit": figure(speeds.get(name, [""])[0])}
+                  for name, said in sorted(named(r"/net/(e[\w.-]{1,15})/operstate"))[:32]],
+        "fabric": sum("ACTIVE" in said[0] for _, said in named(r"(/ports/1/state)")), "hangs": None if part == "end" else part}
+
+
+def ledger(facts, owners):
+    """Where a Spark's memory is, GiB; its parts add up to the total, what nothing explains being `unknown`. None if it does not tell.
+
+    owners: {container: ("engines" or "services", name)}. A container's memory is its own, anonymous and shared, and what
+    its processes hold on the GPU; None where the GPU does not tell. Page cache is given back when needed.
+    """
+    memory, apps = facts["memory"], facts["apps"]
+    if not {"MemTotal", "MemAvailable", "MemFree"} <= memory.keys():
+        return None
+    cache = sum(memory.get(name, 0) for name in ("Buffers", "Cached", "SReclaimable")) - memory.get("Shmem", 0)
+    use, dark = collections.Counter(facts["container_gb"]), set()
+    for pid, gb in (apps or {}).items():
+        use[facts["container_of"].get(pid, "")] += gb or 0
+        dark |= {facts["container_of"].get(pid, "")} if gb is None else set()
+    parts, known = {"engines": {}, "services": {}, "others": {}}, facts["containers"] or {}
+    for container, gb in use.items():
+        name = known.get(container, (container[:12] or "processes on the GPU",))[0]
+        kind, name = owners.get(name, ("others", name))
+        parts[kind][name] = None if container in dark or apps is None and kind == "engines" else round(gb, 2)
+    told = sum(gb for part in parts.values() for gb in part.values() if gb)
+    rest = memory["MemTotal"] - memory["MemFree"] - cache - told
+    sums = {"total": memory["MemTotal"], "available": memory["MemAvailable"], "free": memory["MemFree"], "page_cache": cache,
+            "unknown": max(0.0, rest)}
+    return {**{name + "_gb": round(gb, 2) for name, gb in sums.items()}, **parts}
+
+
+def owners_of(config, spark):
+    """Whose the containers on a Spark are -> {container: (part of the ledger, name)}."""
+    layout = config.layout
+    return {**{s.container: ("services", s.name) for s in layout.services.values() if s.host == spark and s.container},
+            **{s.container: ("engines", s.name) for s in layout.slots.values() if spark in s.hosts}}
+
+
+def holders(told, without=""):
+    """Who holds how much of a Spark's memory, in GiB, by its ledger; whose part is not known, and who is named without, is left out."""
+    return {who: gb for part in ("engines", "services", "others") for who, gb in (told or {}).get(part, {}).items() if gb and who != without}
+
+
 # systemd removes the shared memory of a user who is no system user and has no session any more (logind.conf(5), RemoveIPC).
 SESSION_TRAP = """[ "$(id -u)" -lt 1000 ] || [ -e "/var/lib/systemd/linger/$(id -un)" ] || timeout 5 busctl get-property org.freedesktop.login1 \\
   /org/freedesktop/login1 org.freedesktop.login1.Manager RemoveIPC 2>/dev/null | sed -n 's/^b true/removes_ipc yes/p'"""
@@ -1674,22 +1791,18 @@ def repo_dir(repo):
 
 def facts_script(model, slot, config, head):
     """One look at a Spark before a swap: lines `name value`, read by parse_facts. Changes nothing; a part that hangs is left out after 5 s."""
-    lines = ["date +'clock %s.%N'", "awk '/^Mem(Total|Available):/ {print $1, $2}' /proc/meminfo 2>/dev/null", SESSION_TRAP,
-             "df -Pk \"$HOME\" /var/lib/docker 2>/dev/null | awk 'NR > 1 {print \"disk_kb\", $4}'",
-             "{ sed 's/^/driver /' /sys/module/nvidia/version || timeout 5 nvidia-smi --query-gpu=driver_version --format=csv,noheader | "
-             "sed -n 's/^/driver /p' | head -n 1; } 2>/dev/null"]
+    lines = ["date +'clock %s.%N'", SESSION_TRAP,
+             "df -Pk \"$HOME\" /var/lib/docker 2>/dev/null | awk 'NR > 1 {print \"disk_kb\", $4}'"]
     if head:
         lines.append(f"awk '$4 == \"0A\" && $2 ~ /:{slot.port:04X}$/ {{print \"listening {slot.port}\"; exit}}' "
                      "/proc/net/tcp /proc/net/tcp6 2>/dev/null")
     if slot.backend == "launch-cluster":
         c = quote_arg(slot.container)
-        look = f"""docker top {c} -eo pid,rss 2>/dev/null | awk 'NR > 1 {{print "engine_process", $1, $2}}'
-  {ENGINE_ALIVE.replace('{container}', c)} && echo engine alive"""
-        if model:
-            look += f"\n  docker image inspect -f 'image {{{{.Id}}}}' {quote_arg(model.image or LAUNCHER_IMAGE)} 2>/dev/null\n{GPU_HOLDERS}"
+        image = model and f"docker image inspect -f 'image {{{{.Id}}}}' {quote_arg(model.image or LAUNCHER_IMAGE)} 2>/dev/null"
         lines.append(f"""if t=$(timeout 5 docker ps -a --format '{{{{.Names}}}}' 2>&1); then
   echo docker ok; printf '%s\\n' "$t" | grep -Fqx -e {c} && echo there yes
-  {look}
+  {ENGINE_ALIVE.replace('{container}', c)} && echo engine alive
+  {image or ":"}
 else
   [ $? != 124 ] || t="no answer within 5 s"; printf '%s\\n' "$t" | sed -n 's/^/docker /p' | tail -n 1
 fi""")
@@ -1702,7 +1815,7 @@ else echo launcher no; fi""")
         lines += [HUB, SNAPSHOT, WEIGHTS_COMPLETE, f"r=$h/{quote_arg(repo_dir(model.repo))}; snapshot \"$r\"" if model.repo else f"s={quote_arg(model.local_path)} r=",
                   r"""if [ -n "$s" ] && [ -d "$s" ]; then printf 'weights %s\nreal %s\n' "$s" "$(readlink -f "$s")"; lacks "$s" "$r"
 echo weights_kb $(cd "$s" && loaded . | tr '\n' '\0' | xargs -0 -r du -cLk -- 2>/dev/null | tail -n 1 | cut -f 1); fi"""]
-    return "\n".join([*lines, "exit 0", ""])
+    return "\n".join([*lines, "echo @@", spark_script()])
 
 
 def parser_script(image, argv):
@@ -1720,12 +1833,12 @@ def parse_verdict(result):
 
 
 def parse_facts(out):
-    """facts_script's output -> {name: [values]}; lines that do not fit are passed over."""
-    facts = collections.defaultdict(list)
-    for line in out.splitlines()[:5000]:
+    """facts_script's output -> ({name: [values]}, what parse_spark makes of the rest); lines that do not fit are passed over."""
+    facts, (told, _, rest) = collections.defaultdict(list), out.partition("\n@@\n")
+    for line in told.splitlines()[:5000]:
         name, _, value = line.strip().partition(" ")
-        facts[name.rstrip(":")].append(value.strip())
-    return facts
+        facts[name].append(value.strip())
+    return facts, parse_spark(rest)
 
 
 # === 7 engine =================================================================
@@ -2287,25 +2400,6 @@ def recent_failures(recent, model, now, within=3600):
             and {p for p, _, _ in s.phases} & {"launching", "loading", "warming"}]
 
 
-def memory_gb(facts):
-    """(all memory, available), GiB, as a Spark tells them. Raises IndexError or ValueError if it does not."""
-    return [int(facts[name][0].split()[0]) / (1 << 20) for name in ("MemTotal", "MemAvailable")]
-
-
-def gpu_holders(facts):
-    """What GPU_HOLDERS and docker told -> (GiB that the slot's engine holds or None, {who else: GiB})."""
-    known = dict(row.split(" ", 1) for row in facts["container"] if " " in row)
-    engine = {pid: int(kb) if kb.isdigit() else 0 for pid, _, kb in (row.partition(" ") for row in facts["engine_process"])}
-    held, others = [], collections.Counter()
-    for row in facts["gpu"]:
-        pid, mib, container, name, *_ = [*row.split(" ", 3), "", "", "", ""]
-        if pid in engine:
-            held.append(int(mib) if mib.isdigit() else 0)
-        elif mib.isdigit():
-            others[printable(known.get(container) or os.path.basename(name) or f"process {pid}", 60)] += int(mib) / 1024
-    return (sum(held) / 1024 + sum(engine.values()) / (1 << 20) if any(held) else None), dict(others.most_common(8))
-
-
 def told_of(others):
     """Who holds how much, in words; "" for nobody."""
     return ", ".join(f"{who} ({gb:.1f} GB)" for who, gb in others.items() if gb >= 0.05)
@@ -2327,7 +2421,7 @@ class Fit(NamedTuple):
     weights: float              # of the need; 0 = unknown
     how: str                    # the need was found
     knob: str                   # that decides it
-    others: dict                # who else holds GPU memory: GiB
+    others: dict                # who else holds memory: GiB
     unknown: bool               # an engine runs there, and what it gives back is not known
 
     def verdict(self):
@@ -2376,7 +2470,8 @@ class Look:
         self.probe = probe              # what the slot's port answered
         self.current = current          # the Plan that we launched there, or None
         self.down = {h: f for h, f in facts.items() if isinstance(f, Result)}       # Spark -> why it was not reached
-        self.there = {h: f for h, f in facts.items() if h not in self.down}         # Spark -> parse_facts
+        self.there = {h: f[0] for h, f in facts.items() if h not in self.down}      # Spark -> parse_facts
+        self.seen = {h: f[1] for h, f in facts.items() if h not in self.down}       # Spark -> parse_spark
         self.head = self.there.get(slot.hosts[0])
         self.cluster = slot.backend == "launch-cluster"
         self.image = (model.image or LAUNCHER_IMAGE) if model and self.cluster else ""
@@ -2397,13 +2492,14 @@ class Look:
         """A Fit of each Spark that the swap needs and that tells its memory."""
         for host in self.used:
             with contextlib.suppress(KeyError, IndexError, ValueError):
-                facts, current = self.there[host], self.current
-                total, available = memory_gb(facts)
+                current, memory = self.current, self.seen[host]["memory"]
+                total, available = memory["MemTotal"], memory["MemAvailable"]
                 need, weights, how, knob = memory_need_gb(dataclasses.replace(self.model, size_gb=self.weights_gb()), total, len(self.used))
-                back, others = gpu_holders(facts)
-                ours = current.need_gb if current and host in current.hosts else 0.0
-                unknown = back is None and not ours and bool(self.probe.served or facts["engine"])
-                yield Fit(host, total, available, min(max(back or 0.0, ours), total - available), need, weights, how, knob, others, unknown)
+                told = ledger(self.seen[host], owners_of(self.config, host)) or {"engines": {}}
+                back, ours = told["engines"].get(self.slot.name), current.need_gb if current and host in current.hosts else 0.0
+                unknown = back is None and not ours and bool(self.probe.served or self.there[host]["engine"])
+                yield Fit(host, total, available, min(max(back or 0.0, ours), total - available), need, weights, how, knob,
+                          holders(told, self.slot.name), unknown)
 
     def need_gb(self):
         return max((fit.need for fit in self.fits()), default=0.0)
@@ -2543,9 +2639,9 @@ def check_clock(look):
 
 
 def check_driver(look):
-    found = {h: look.there[h]["driver"][0] for h in look.used if h in look.there and look.there[h]["driver"]}
+    found = {h: look.seen[h]["gpu"]["driver"] for h in look.used if h in look.seen and look.seen[h]["gpu"]}
     if len(set(found.values())) > 1:
-        yield "warn", "the Sparks have different GPU drivers: " + ", ".join(f"{h} {printable(v, 40)}" for h, v in found.items()), "bring all of them up to date"
+        yield "warn", f"the Sparks have different GPU drivers: {', '.join(f'{h} {v}' for h, v in found.items())}", "bring all of them up to date"
 
 
 def check_flags(look):
@@ -2979,9 +3075,9 @@ class SwapRun:
                 return
             has = f"{samples[host][-1][1] / (1 << 20):.1f} GB available" if samples[host] else "not answered"
             if time.monotonic() >= deadline:
-                who = told_of(gpu_holders(parse_facts(self.on(host, GPU_HOLDERS, 15).out))[1])
+                who = told_of(holders(ledger(parse_spark(self.on(host, spark_script(), 15).out), owners_of(self.config, host))))
                 raise Failed("unreachable" if silent[host] else "memory_not_released",
-                             f"{host} has {has} after the stop, and the model needs {s.plan.need_gb:.1f} GB" + (f"; GPU memory is held by {who}" if who else ""),
+                             f"{host} has {has} after the stop, and the model needs {s.plan.need_gb:.1f} GB" + (f"; memory is held by {who}" if who else ""),
                              f"stop {who or 'what else holds memory there'}, or lower gpu-memory-utilization")
             self.m._update(text=f"Waiting for memory: {host} has {has}")
             self.pause(0.25)
@@ -3448,9 +3544,9 @@ class SwapManager(Arbiter):
         def gather(host):
             began = time.time()
             got = self.hosts.run(host, facts_script(model if host in used else None, slot, config, host == slot.hosts[0]), 25, cancel)
-            facts, half = parse_facts(got.out), (time.time() - began) / 2
+            (facts, seen), half = parse_facts(got.out), (time.time() - began) / 2
             facts |= {"asked": [str(began + half)], "unsure": [str(half)]}
-            return facts if got.kind == "ok" else got
+            return (facts, seen) if got.kind == "ok" else got
         others = [p for name in config.layout.slots if name != slot.name and (p := self.book.slots.get(name))]
         look = Look(model, slot, config, self.hosts.each(slot.hosts, gather), used,
                     probe_vllm_endpoint(endpoint_of(slot, self.hosts, config.settings), 2.0), self.book.slots.get(slot.name), others)
@@ -4671,116 +4767,7 @@ class Transfers:
 
 
 # === 12 monitor ===============================================================
-# Who looks at Sparks, slots and services, one thread each; what they saw last is all that others read. First
-# what a Spark is asked and how its answer is read: pure, and total, since a Spark may answer anything.
-
-SMI = "t nvidia-smi --query-{}={} --format=csv,noheader,nounits"
-LIGHT_FILES = "/proc/meminfo /proc/pressure/memory"
-SPARK_FILES = LIGHT_FILES + (" /proc/loadavg /proc/uptime /sys/class/thermal/thermal_zone*/temp /sys/class/net/*/operstate"
-                             " /sys/class/net/*/speed /sys/class/infiniband/*/ports/1/state")
-GPU_CELLS = ("utilization.gpu", "power.draw", "temperature.gpu", "clocks.current.sm", "driver_version")
-
-
-def spark_script(light=False):
-    """One look at a Spark, without root: files as `path:line`, then after `@part` what a program said, `@end` at last.
-
-    Any part may be missing, and a program that hangs is ended. light: memory, pressure and GPU only. It runs every few
-    seconds, hence two greps instead of a cat for each file.
-    """
-    script = f"""t() {{ timeout -k 1 3 "$@" 2>/dev/null </dev/null; }}
-grep -Hs '' {LIGHT_FILES if light else SPARK_FILES}
-echo @gpu; {SMI.format("gpu", ",".join(GPU_CELLS))}
-"""
-    # a process's container stands in its cgroup's name; anon and shmem are a container's own memory, without page cache
-    return script + ("" if light else f"""a=$({SMI.format("compute-apps", "pid,used_memory")}) && echo @apps && printf '%s\\n' "$a"
-f=
-while IFS=' ,' read -r p m; do case $p in ''|*[!0-9]*) ;; *) f="$f /proc/$p/cgroup" ;; esac; done <<E
-$a
-E
-c=/sys/fs/cgroup
-echo @groups; grep -HsE 'docker|^(anon|shmem) ' $f $c/system.slice/docker-*.scope/memory.stat $c/docker/*/memory.stat
-echo @docker; t docker ps -a --no-trunc --format '{{{{.ID}}}} {{{{.Names}}}} {{{{.Status}}}}' && echo ok
-echo @df; t df -Pk "${{HF_HOME:-$HOME/.cache/huggingface}}" "$HOME" /
-""") + "echo @end\nexit 0\n"
-
-
-def figure(cell):
-    """The number in a cell, or None: on GB10 nvidia-smi says [N/A] or Not Supported in many."""
-    m = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*", cell, re.ASCII)
-    return float(m[1]) if m else None
-
-
-def parse_meminfo(lines):
-    """Lines of /proc/meminfo -> {name: GiB}."""
-    return {m[1]: int(m[2]) / (1 << 20) for line in lines if (m := re.fullmatch(r"(\w+):\s+(\d{1,15}) kB", line, re.ASCII))}
-
-
-def parse_apps(lines):
-    """`pid, MiB` lines of nvidia-smi -> {pid: GiB, None where it does not tell}. On GB10 this works, unlike the GPU's own memory."""
-    found = filter(None, (re.fullmatch(r"(\d{1,10}),([^,]*)", line.strip(), re.ASCII) for line in lines))
-    return {int(m[1]): None if (mib := figure(m[2])) is None else mib / 1024 for m in found}
-
-
-def parse_spark(out):
-    """spark_script's output -> what the Spark told; None, or nothing, for what it did not. `hangs`: the part it came no further than."""
-    part, parts, files = "files", collections.defaultdict(list), collections.defaultdict(list)
-    for line in out.splitlines()[:20_000]:
-        part = line[1:20] if line.startswith("@") else part
-        parts[part] += [] if line.startswith("@") else [line]
-    for line in parts["files"] + parts["groups"]:
-        path, _, said = line.partition(":")
-        files[path].append(said)
-    named = lambda pattern: [(m[1], said) for path, said in files.items() if (m := re.search(pattern + "$", path, re.ASCII))]
-    words = lambda pattern: [figure(word) for _, said in named(f"({pattern})") for word in said[0].split()] or [None]
-    gpu = (parts["gpu"] or [""])[0].split(",")
-    cells = [*map(figure, gpu), *[None] * 4]
-    pressure = re.search(r"some avg10=(\d{1,3}\.\d\d)", " ".join(said[0] for _, said in named("(/pressure/memory)")))
-    container = r"docker[-/]([0-9a-f]{64})"
-    rows = [line.split(" ", 2) for line in parts["docker"]]
-    heat = [t / 1000 for _, said in named("/thermal_zone(.*)/temp") if (t := figure(said[0])) is not None]
-    df = [*map(figure, " ".join(parts["df"][1:2]).split()), *[None] * 4]
-    speeds = dict(named("/net/([^/]*)/speed"))
-    return {
-        "memory": parse_meminfo(line for _, said in named("(/meminfo)") for line in said),
-        "pressure": float(pressure[1]) if pressure else None,
-        "gpu": {**dict(zip(("busy", "power_w", "temperature_c", "clock_mhz"), cells)),
-                "driver": printable(gpu[4].strip(), 40)} if len(gpu) == 5 else None,
-        "apps": parse_apps(parts["apps"]) if "apps" in parts else None,
-        "container_of": {int(pid): m[1] for pid, said in named(r"/(\d{1,10})/cgroup") if (m := re.search(container, " ".join(said)))},
-        "container_gb": {name: sum(figure(line.split(" ")[-1]) or 0 for line in said) / GIB
-                         for name, said in named(container + r"[^/]*/memory\.stat")},
-        "containers": {row[0]: (row[1], printable(row[2], 200)) for row in rows if len(row) == 3} if ["ok"] in rows else None,
-        "load": words("/loadavg")[0], "uptime_s": words("/uptime")[0], "temperature_c": max(heat, default=None),
-        "disk": {"total_gb": round(df[1] / (1 << 20)), "free_gb": round(df[3] / (1 << 20), 1)} if df[1] and df[3] else None,
-        "links": [{"name": name, "state": printable(said[0], 20), "mbit": figure(speeds.get(name, [""])[0])}
-                  for name, said in sorted(named(r"/net/(e[\w.-]{1,15})/operstate"))[:32]],
-        "fabric": sum("ACTIVE" in said[0] for _, said in named(r"(/ports/1/state)")), "hangs": None if part == "end" else part}
-
-
-def ledger(facts, owners):
-    """Where a Spark's memory is, GiB; its parts add up to the total, what nothing explains being `unknown`. None if it does not tell.
-
-    owners: {container: ("engines" or "services", name)}. A container's memory is its own, anonymous and shared, and what
-    its processes hold on the GPU; None where the GPU does not tell. Page cache is given back when needed.
-    """
-    memory, apps = facts["memory"], facts["apps"]
-    if not {"MemTotal", "MemAvailable", "MemFree"} <= memory.keys():
-        return None
-    cache = sum(memory.get(name, 0) for name in ("Buffers", "Cached", "SReclaimable")) - memory.get("Shmem", 0)
-    use, dark = collections.Counter(facts["container_gb"]), set()
-    for pid, gb in (apps or {}).items():
-        use[facts["container_of"].get(pid, "")] += gb or 0
-        dark |= {facts["container_of"].get(pid, "")} if gb is None else set()
-    parts, known = {"engines": {}, "services": {}, "others": {}}, facts["containers"] or {}
-    for container, gb in use.items():
-        name = known.get(container, (container[:12] or "processes on the GPU",))[0]
-        kind, name = owners.get(name, ("others", name))
-        parts[kind][name] = None if container in dark or apps is None and kind == "engines" else round(gb, 2)
-    told = sum(gb for part in parts.values() for gb in part.values() if gb)
-    rest = memory["MemTotal"] - memory["MemFree"] - cache - told
-    sums = {"total": memory["MemTotal"], "available": memory["MemAvailable"], "free": memory["MemFree"], "page_cache": cache,
-            "unknown": max(0.0, rest)}
-    return {**{name + "_gb": round(gb, 2) for name, gb in sums.items()}, **parts}
+# Who looks at Sparks, slots and services, one thread each; what they saw last is all that others read.
 
 
 class SlotView(NamedTuple):
@@ -5117,7 +5104,7 @@ class Monitor:
         got = self._hosts.run(name, spark_script(light), 10 if swap else 15)
         facts = parse_spark(got.out)
         if got.kind == "ok" or got.kind == "time_out" and facts["memory"]:      # a part that hangs is not a Spark that is gone
-            view = spark_view(facts, self._owners(config, name), old, light)
+            view = spark_view(facts, owners_of(config, name), old, light)
             sample = (time.time(), facts["memory"].get("MemAvailable"), facts["pressure"], (facts["gpu"] or {}).get("power_w"))
             after = box if box.lost_at else box._replace(samples=(*box.samples, sample)[-60:])
         else:
@@ -5149,13 +5136,6 @@ class Monitor:
         return {name: {"lost_at": utc(box.lost_at or box.samples[-1][0]),
                        "samples": [{"at": utc(at), **dict(zip(fields, row))} for at, *row in box.samples]}
                 for name, box in boxes.items() if box.lost_at or time.time() - box.samples[-1][0] > 8}
-
-    @staticmethod
-    def _owners(config, spark):
-        """Whose the containers on a Spark are -> {container: (part of the ledger, name)}."""
-        layout = config.layout
-        return {**{s.container: ("services", s.name) for s in layout.services.values() if s.host == spark and s.container},
-                **{s.container: ("engines", s.name) for s in layout.slots.values() if spark in s.hosts}}
 
     def _tick(self):
         """Once a poll: keep what was measured, and wake long-polls if anything changed that a person would notice."""
