@@ -14,6 +14,7 @@ import hashlib
 import hmac
 import http.client
 import json
+import marshal
 import os
 import pwd
 import random
@@ -7976,7 +7977,16 @@ class Rig:
     def __exit__(self, *_):
         self.close()
 
+    @staticmethod
+    @functools.cache
+    def _compiled(text):
+        return marshal.dumps(compile(text.replace('ROOT = "@ROOT@"\n', ""), "rig", "exec"))
+
     def _program(self, path, text):
+        if text.startswith("#!@PYTHON@"):           # compiled once: a docker that is asked thirty times a swap would spend half its time on that
+            code = path.with_name(f".{path.name}.code")
+            code.write_bytes(self._compiled(text))
+            text = f'#!@PYTHON@ -SE\nimport marshal\nROOT = "@ROOT@"\nwith open("{code}", "rb") as f:\n    code = marshal.loads(f.read())\nexec(code)\n'
         new = path.with_name(path.name + ".new")    # replaced at once: an old one may be running
         new.write_text(text.replace("@PYTHON@", sys.executable).replace("@ROOT@", str(self.root)))
         new.chmod(0o755)
