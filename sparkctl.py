@@ -158,8 +158,8 @@ def urls(value):
 
 
 def one_url(value):
-    require(len(urls(value)) == 1, "must be one address")
-    return value
+    require("," not in value and len(urls(value)) == 1, "must be one address")
+    return urls(value)[0]
 
 
 def abs_paths(value):
@@ -188,18 +188,18 @@ class Setting(NamedTuple):
 PORT, SECONDS = number(1, 65535, int), number(0, 86400)
 SETTINGS = (
     Setting("SPARKCTL_BIND", "127.0.0.1", text, "address to listen on; loopback unless you say otherwise", restart=True, guarded=True),
-    Setting("SPARKCTL_PORT", "9999", number(0, 65535, int), "port to listen on (0 = any free one)", restart=True),
+    Setting("SPARKCTL_PORT", "9999", number(0, 65535, int), "port to listen on (0 = any free one)", restart=True, guarded=True),
     Setting("SPARKCTL_DATA", "data", text, "directory for state; relative to the script (environment or --data only)",
             restart=True, guarded=True),
     Setting("SPARKCTL_API_KEY", "", text, "key that clients send as `Authorization: Bearer …`; blank = no key", True, guarded=True),
     Setting("SPARKCTL_ALLOWED_HOSTS", "", names, "further Host names to answer to, besides IP addresses, localhost, "
             "this machine's names and *.local", guarded=True),
-    Setting("VLLM_API_KEY", "", text, "key sent to the engines", True),
+    Setting("VLLM_API_KEY", "", text, "key sent to the engines", True, guarded=True),
     *(Setting(f"SPARK{n}_{part}", "", parse, help_text, restart=True, guarded=True) for n in range(1, 9) for part, parse, help_text in (
         ("HOST", host_name, f"Spark {n}: host name, address or ssh alias; `local` = this machine, without ssh"),
         ("USER", user_name, f"Spark {n}: ssh user; blank = whatever ssh chooses"))),
     Setting("LAUNCH_DIR", "~/spark-vllm-docker", text, "directory of launch-cluster.sh on the Sparks", guarded=True),
-    Setting("VLLM_PORT", "8888", PORT, "port that the engine of slot main listens on"),
+    Setting("VLLM_PORT", "8888", PORT, "port that the engine of slot main listens on", guarded=True),
     Setting("VLLM_CONTAINER", "vllm_node", container_name, "container that the engine of slot main runs in", guarded=True),
     Setting("DISABLED_SERVICES", "", names, "services without a tile or probe, comma-separated"),
     Setting("MODELS_OVERRIDES", "", text, "file whose knobs, models and hidden models go on top of "
@@ -214,16 +214,16 @@ SETTINGS = (
     Setting("SWAP_ROLLBACK", "on", flag, "launch the previous model again when a swap fails after the stop"),
     Setting("MIN_SERVING_SECONDS", "120", SECONDS, "shortest time that a model serves before a job or AUTO_SWAP may replace it; people and holders of the lock may at any time"),
     Setting("WEBHOOK_URL", "", urls, "where events are POSTed, comma-separated", True, guarded=True),
-    Setting("WEBHOOK_SECRET", "", text, "key of the signature X-Spark-Signature; blank = unsigned", True),
+    Setting("WEBHOOK_SECRET", "", text, "key of the signature X-Spark-Signature; blank = unsigned", True, guarded=True),
     Setting("WEBHOOK_EVENTS", "swap_complete,swap_failed", names, "events that are POSTed, comma-separated; * at the end of a name stands for anything: lock_*"),
     Setting("HOLD_SECONDS", "60", SECONDS, "longest time a /v1 request is held while its slot swaps"),
     Setting("AUTO_SWAP", "off", flag, "a /v1 request for a model of the catalog that is not served starts the swap to it, and is held"),
-    Setting("MAX_BODY_MB", "32", number(1, 1024, int), "largest body of an API or /v1 request, MiB; all that are being read at a time may have eight times as much"),
-    Setting("MAX_UPLOAD_MB", "512", number(1, 1 << 20, int), "largest upload to /v1/audio, MiB; it is passed on as it comes"),
+    Setting("MAX_BODY_MB", "32", number(1, 1024, int), "largest body of an API or /v1 request, MiB; all that are being read at a time may have eight times as much", guarded=True),
+    Setting("MAX_UPLOAD_MB", "512", number(1, 1 << 20, int), "largest upload to /v1/audio, MiB; it is passed on as it comes", guarded=True),
     Setting("POLL_SECONDS", "5", number(1, 3600), "time between two looks at a Spark, a slot or a service"),
-    Setting("QDRANT_API_KEY", "", text, "key that Qdrant is asked with", True),
+    Setting("QDRANT_API_KEY", "", text, "key that Qdrant is asked with", True, guarded=True),
     Setting("OPEN_WEBUI_URL", "", lambda value: value and one_url(value),
-            "address of Open WebUI, if it is not a service with a host and a port"),
+            "address of Open WebUI, if it is not a service with a host and a port", guarded=True),
 )
 SETTING = {s.name: s for s in SETTINGS}
 PINNED = ("command line", "environment")        # where a setting comes from that settings.yaml cannot change
@@ -373,7 +373,7 @@ def entry_of(entries, what, name, **details):
     if name in entries:
         return entries[name]
     hint = nearest(name, entries)
-    message = f"no {what} {printable(name, 80)}" + (f"; did you mean {hint}?" if hint else "")
+    message = f"no {what} {printable(name, 80)}" + (f"; did you mean {hint}?" if hint else "") + (", or is it hidden?" if what == "model" else "")
     raise Refused(404, "unknown_" + what, message, nearest=hint, **details)
 
 
@@ -696,8 +696,11 @@ class Hosts:
                     send(b"".join(printable(line.decode("utf-8", "replace")).encode() + b"\n" for line in lines if chunk or line))
                     rest = rest[:1 << 16]
                     if not chunk:
-                        code = process.wait(5)
-                        said = process.stderr.read().decode("utf-8", "replace")
+                        try:
+                            code = process.wait(5)
+                        except subprocess.TimeoutExpired:
+                            return "it said its last and did not end"
+                        said = process.stderr.read(1 << 20).decode("utf-8", "replace")
                         return classify_ssh_failure(said)[1] if code == 255 else f"exit code {code}" if code else ""
             return ""
         finally:
@@ -780,11 +783,31 @@ class ModelDef:
         """What `vllm serve` is given."""
         return self.local_path or self.repo
 
+    def secrets(self):
+        """Values of what is named like a secret in its environment, knobs and args: no log, reply or event may hold them."""
+        def flat(value):
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else None
+            return [str(value)] if parts is None else [text_ for part in parts for text_ in flat(part)]
+        named, flag_ = [*self.env, *self.knobs], ""
+        for arg in self.args:
+            name, _, value = arg.partition("=")
+            flag_, value = (name, value) if arg.startswith("--") else (flag_, arg)
+            named.append((flag_, value))
+        return {value for name, given in named if SECRETISH.search(name) for value in flat(given) if len(value) >= 3 and value not in ("True", "False", "None")}
+
     def public(self):
         knobs, env = ({k: "***" if SECRETISH.search(k) else v for k, v in pairs} for pairs in (self.knobs, self.env))
-        got = {**vars(self), "knobs": knobs, "env": env, "image": self.image or None, "size_gb": self.size_gb or None}
+        got = {**vars(self), "knobs": knobs, "args": [hide(arg, self.secrets()) for arg in self.args], "env": env, "image": self.image or None, "size_gb": self.size_gb or None}
         del got["repo" if self.local_path else "local_path"]
         return got
+
+
+def hide(said, hidden):
+    """A text without the secrets in hidden, however sh, bash's printf %q or JSON spell them."""
+    for value in sorted(hidden, key=len, reverse=True):
+        for form in {value, value.replace("'", "'\"'\"'"), re.sub(r"([^\w@%+=:,./-])", r"\\\1", value), json.dumps(value, ensure_ascii=False)[1:-1]}:
+            said = said.replace(form, "***")
+    return said
 
 
 def validate_repo(value):
@@ -830,7 +853,7 @@ def plain(value):
 
 def parse_knobs(value):
     for k in expect("mapping", value):
-        require(KNOB.fullmatch(str(k)), f"{k!r} is not a flag name (write it without leading dashes)")
+        require(KNOB.fullmatch(str(k)), f"{str(k)[:80]!r} is not a flag name (write it without leading dashes)")
         require(str(k).replace("_", "-") not in OURS, f"{k} is set by sparkctl or the launcher")
     return tuple((str(k), plain(v)) for k, v in value.items())
 
@@ -854,7 +877,7 @@ MODEL_FIELDS = {
     "mode": matching("solo|cluster", "must be one of solo, cluster"), "aliases": parse_names, "knobs": parse_knobs, "env": parse_env,
     "args": lambda v: tuple(str(plain(a)) for a in expect("list", v)),
     "image": matching(r"[A-Za-z0-9][\w./:@-]{0,254}", "must be a container image"),
-    "description": lambda v: expect("text", v)[:2000], "size_gb": lambda v: float(expect("number", v)),
+    "description": lambda v: expect("text", v)[:2000], "size_gb": lambda v: float(amount(0, 100_000, "a number of GiB")(v)),
 }
 
 
@@ -918,7 +941,7 @@ def parse_yaml(data, loader=LoudLoader):
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         raise ValueError(f"{f'line {mark.line + 1}: ' if mark else ''}{getattr(e, 'problem', None) or 'not YAML'}") from None
-    except (UnicodeDecodeError, RecursionError) as e:
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as e:      # `!!int ''`, say
         raise ValueError(f"not readable as UTF-8 YAML ({type(e).__name__})") from None
     require(got is None or isinstance(got, dict), "must be a mapping at the top")
     return got or {}
@@ -992,9 +1015,11 @@ SHORT_FLAGS = {**{short: name for name, short in SHARDS_OVER.items()}, "-q": "qu
 
 def fill_recipe(command, values):
     """What str.format(**values) makes of plain {names}; nothing else in an untrusted file is evaluated. Raises ValueError."""
+    require(len(command) <= 1 << 14, "the command is longer than 16 KiB")
     def part(m):
-        known = isinstance(values.get(m[1]), (str, int, float))
-        require(m[0] in ("{{", "}}") or known, f"the command's {m.string[m.start():m.start() + 40]!r} is not the name of a default")
+        known = isinstance(values.get(m[1]), (str, int, float)) and len(str(values[m[1]])) <= 1000
+        require(m[0] in ("{{", "}}") or known, f"the command's {m.string[m.start():m.start() + 40].splitlines()[0]!r} "
+                "is not the name of a default; a brace that is meant as one is written twice: {{ }}")
         return str(values[m[1]]) if known else m[0][0]
     return re.sub(r"\{\{|\}\}|\{(\w+)\}|[{}]", part, command)
 
@@ -1024,6 +1049,8 @@ def import_recipe(recipe, sparks):
     for name, value in zip(RECIPE, given):
         require(isinstance(value, type(RECIPE[name])), f"{name} cannot be a {type(value).__name__}")
     command, defaults, env, mods, builds = given
+    for value in (*env.values(), *mods, *builds, recipe.get("recipe_version"), recipe.get("runtime")):
+        require(not isinstance(value, (dict, list)), "env, mods, build_args, recipe_version and runtime hold texts and numbers only")
     version, runtime, dynamic = str(recipe.get("recipe_version", "missing")), str(recipe.get("runtime") or "vllm"), re.compile(r"[$`\0]")
     require(runtime.startswith("vllm"), f"its runtime, {runtime}, is not vLLM")
     notes = [f"recipe_version is {version}; read as 1"] if version != "1" else []
@@ -1065,7 +1092,7 @@ def import_recipe(recipe, sparks):
         notes += [f"it is for {wide} Sparks, and a cluster has {sparks} here"] if wide != sparks else []
     elif wide > 1 and not cluster:
         notes.append(f"it is for one Spark, so what would spread it over {wide} is left out")
-    said = {k: printable(" ".join(str(recipe.get(k) or "").split()), 1000) for k in ("name", "container", "description")}
+    said = {k: printable(" ".join(v.split()), 1000) if isinstance(v := recipe.get(k), str) else "" for k in ("name", "container", "description")}
     entry = {"name": said["name"], "local_path" if model.startswith("/") else "repo": model, "mode": "cluster" if cluster else "solo",
              "aliases": aliases, "image": "" if said["container"] == "vllm-node" else said["container"], "knobs": knobs, "args": args,
              "env": {str(k): str(v) for k, v in env.items() if k not in unsaid}, "description": said["description"]}
@@ -1498,10 +1525,8 @@ def make_plan(model, slot, config, flags=frozenset(("--name",)), need_gb=0, weig
     # since is known only when the engine starts; the other words are quoted text that may look like a word
     logs = "\0".join(fill(part, words) for part in template.logs.split("{since}"))
     knobs = {k.replace("_", "-"): v for k, v in model.knobs}
-    launch = shown = build_launch_command(model, slot, settings["LAUNCH_DIR"], flags, None if cluster else template)
-    for name, value in (*model.env, *model.knobs):
-        if SECRETISH.search(name):
-            shown = shown.replace(quote_arg(f"{name}={value}"), f"{name}=***").replace(quote_arg(f"--{name}") + " " + quote_arg(value), f"--{name} ***")
+    launch = build_launch_command(model, slot, settings["LAUNCH_DIR"], flags, None if cluster else template)
+    shown = hide(launch, model.secrets())
     return Plan(slot.name, model.key, model.served_names, slot.hosts if model.mode == "cluster" else slot.hosts[:1],
                 slot.port, slot.container, slot.backend, launch, shown, stop_command(slot, config, model.mode == "cluster"), logs, fill(template.alive, words),
                 knobs.get("runner") == "pooling" or "convert" in knobs, need_gb, weights_gb)
@@ -1704,7 +1729,7 @@ def parse_spark(out):
         "container_of": {int(pid): m[1] for pid, said in named(r"/(\d{1,10})/cgroup") if (m := re.search(container, " ".join(said)))},
         "container_gb": {name: sum(figure(line.split(" ")[-1]) or 0 for line in said) / GIB
                          for name, said in named(container + r"[^/]*/memory\.stat")},
-        "containers": {row[0]: (row[1], printable(row[2], 200)) for row in rows if len(row) == 3} if ["ok"] in rows else None,
+        "containers": {row[0]: (row[1], printable(row[2], 200)) for row in rows if len(row) == 3 and re.fullmatch(r"[\w.-]{1,128}", row[1], re.ASCII)} if ["ok"] in rows else None,
         "load": words("/loadavg")[0], "uptime_s": words("/uptime")[0], "temperature_c": max(heat, default=None),
         "disk": {"total_gb": round(df[1] / (1 << 20)), "free_gb": round(df[3] / (1 << 20), 1)} if df[1] and df[3] else None,
         "links": [{"name": name, "state": printable(said[0], 20), "mbit": figure(speeds.get(name, [""])[0])}
@@ -1826,7 +1851,7 @@ def parser_script(image, argv):
 
 def parse_verdict(result):
     """A Result of parser_script -> (ok | rejected | unknown, what vLLM said)."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         got = json.loads(result.out.strip().splitlines()[-1])
         return choice("ok", "rejected", "unknown")(got["verdict"]), printable(" ".join(got["said"].split()), 500)
     return "unknown", printable((result.err.strip().splitlines() or [result.kind.replace("_", " ")])[-1], 200)
@@ -1893,7 +1918,10 @@ class Endpoint(NamedTuple):
         # http.client parses what it reads from a socket: bytes in a socket's clothes
         reply = http.client.HTTPResponse(types.SimpleNamespace(makefile=lambda mode: io.BytesIO(data)), method=method)
         reply.begin()
-        return reply.status, reply.read()
+        try:
+            return reply.status, reply.read()
+        except OverflowError:
+            raise ValueError("a length that cannot be") from None
 
 
 def endpoint_of(place, hosts, settings):
@@ -1913,7 +1941,7 @@ def probe_vllm_endpoint(endpoint, timeout_s=2.0):
         if status_models in (401, 403):
             return Probe("foreign", detail="/v1/models refuses our key: set VLLM_API_KEY to the engine's key")
         cards = json.loads(body)["data"] if status_models == 200 else None
-        served = tuple(printable(str(card["id"]), 300) for card in cards)
+        served = tuple(printable(str(card["id"]), 300) for card in cards[:64]) if cards else ()
         return Probe("serving", served) if status == 200 and served else Probe("foreign", served, f"/health says {status}")
     except (OSError, http.client.HTTPException) as e:
         if getattr(e, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
@@ -1955,7 +1983,7 @@ def probe_service(service, endpoint, path="", timeout_s=3.0):
         state = {"serving": "serving", "loading": "down", "silent": silent}.get(probe.state, "unknown")
         return state, "" if probe.served else probe.detail, {"model": probe.served[0], "names": [*probe.served]} if probe.served else {}
     kind, facts, state = KINDS[service.kind], {}, None
-    clean = lambda value: [clean(item) for item in value[:200]] if isinstance(value, list) else printable(str(value), 200)
+    clean = lambda value: [printable(str(item), 100) for item in value[:100]] if isinstance(value, list) else printable(str(value), 200)
     try:
         status, _ = endpoint.request("GET", path + service.health, timeout_s=timeout_s)
         state, detail = {200: "serving", 503: "loading"}.get(status, "unknown"), "" if status == 200 else f"{service.health} says {status}"
@@ -1999,7 +2027,7 @@ def parse_vllm_metrics(text_):
     found = collections.defaultdict(list)
     for name, value in re.findall(r"^(vllm:\w{1,60})(?:\{.*\})? (\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d\d?)?)$", text_, re.M | re.A):
         found[VLLM_METRICS.get(name)].append(float(value))
-    return {name: (max if name == "kv_use" else sum)(values) for name, values in found.items() if name}
+    return {name: min(1.0, max(values)) if name == "kv_use" else min(1e15, sum(values)) for name, values in found.items() if name}
 
 
 def vitals_after(old, told, now):
@@ -2271,14 +2299,14 @@ def memory_need_gb(model, total_gb, nodes):
     knobs = {k.replace("_", "-"): v for k, v in model.knobs}
     weights = model.size_gb / nodes
     kv = knobs.get("kv-cache-memory-bytes")
-    if kv is not None and (m := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?[bB])?", str(kv))):
+    if kv is not None and (m := re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([kKmMgGtT]?)(i?[bB])?", str(kv), re.ASCII)):
         unit = {"": 1, "k": 1000, "m": 10**6, "g": 10**9, "t": 10**12, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}[m[2]]
         return weights + float(m[1]) * unit / GIB + 4, weights, "weights, KV cache and 4 GB to work in", "kv-cache-memory-bytes"
+    if gb := figure(str(knobs.get("gpu-memory-utilization-gb"))):       # of a patched vLLM: spark-vllm-docker, mods/gpu-mem-util-gb
+        return gb, weights, f"{gb:g} GB", "gpu-memory-utilization-gb"
     knob = "device-memory-utilization" if "device-memory-utilization" in knobs else "gpu-memory-utilization"
-    try:
-        share = float(knobs.get(knob, 0.92))
-    except (TypeError, ValueError):
-        share = 0.92
+    share = figure(str(knobs.get(knob, 0.92)))
+    share = share if share and share <= 1 else 0.92         # what else it may be vLLM refuses
     return share * total_gb, weights, f"{share:g} of {total_gb:.1f} GB", knob
 
 
@@ -2430,18 +2458,18 @@ class Fit(NamedTuple):
         said, has = f"{self.host}: needs {self.need:.1f} GB ({self.how})", f"{room:.1f} GB can be free" + (f", {self.back:.1f} of them given back by the old engine" if self.back else "")
         holders = told_of(self.others)
         share = self.knob.endswith("utilization")
-        most, least = room - 3, self.weights + 6            # what a knob should make of the need: room to work in, room for some KV cache
+        most, least = min(room - 6, self.total - 8), self.weights + 6       # what a knob should make of the need, to be `ok`
 
         def lower():
             if most < least:
                 return (f"stop {holders}, or " if holders else "") + "take a smaller or more quantised model, or more Sparks"
-            value = f"{math.floor(most / self.total * 100) / 100:.2f}" if share else f"{math.floor(most - self.weights - 4)}G"
+            value = f"{math.floor(most / self.total * 100) / 100:.2f}" if share else \
+                f"{math.floor(most)}" if self.knob.endswith("-gb") else f"{math.floor(most - self.weights - 4)}G"
             return f"lower {self.knob} to {value}" + (f", or stop {holders}" if holders else "")
 
         if self.weights + 1 > self.need:
-            fits = least <= min(room - 2, 0.95 * self.total)
             status, told = "fail", f"{self.host}: {self.weights:.1f} GB of weights and 1 GB to work in do not fit into {self.need:.1f} GB ({self.how})"
-            remedy = f"raise {self.knob} to {least / self.total + 0.005:.2f}" if fits else \
+            remedy = f"raise {self.knob} to {math.ceil(least / self.total * 100) / 100:.2f}" if least <= most and share else \
                 (f"stop {holders}, or " if holders else "") + "use more Sparks, or a smaller or more quantised model"
         elif self.need + 2 > room and self.unknown:
             status, told, remedy = "warn", f"{said}; {room:.1f} GB are free, and what the engine there gives back is not known", ""
@@ -2456,8 +2484,9 @@ class Fit(NamedTuple):
             remedy = f"raise {self.knob}, if one request does not fit"
         else:
             status, told, remedy = "ok", f"{said}, {has}", ""
-        gb = {"total": self.total, "available": self.available, "given_back": self.back, "need": self.need, "weights": self.weights, **self.others}
-        return status, told, remedy, {"host": self.host, **{k: round(v, 1) for k, v in gb.items()}}
+        gb = {"total": self.total, "available": self.available, "given_back": self.back, "need": self.need, "weights": self.weights}
+        rounded = lambda of: {k: round(v, 1) for k, v in of.items()}
+        return status, told, remedy, {"host": self.host, **rounded(gb), "others": rounded(self.others)}
 
 
 class Look:
@@ -2476,6 +2505,7 @@ class Look:
         self.cluster = slot.backend == "launch-cluster"
         self.image = (model.image or LAUNCHER_IMAGE) if model and self.cluster else ""
         self.parsed = None              # what parse_verdict said, once it was asked
+        self.deleting = False           # whether somebody deletes its weights
 
     def severity(self, host):
         """A Spark that this swap does not use may be in any state: a warning."""
@@ -2484,8 +2514,8 @@ class Look:
     def weights_gb(self):
         """GiB of weights as found on disk, else as the catalog says; 0 = unknown."""
         for host in self.used:
-            with contextlib.suppress(KeyError, ValueError, IndexError):
-                return int(self.there[host]["weights_kb"][0]) / (1 << 20)
+            with contextlib.suppress(KeyError, IndexError, TypeError):
+                return figure(self.there[host]["weights_kb"][0]) / (1 << 20)
         return self.model.size_gb
 
     def fits(self):
@@ -2496,8 +2526,10 @@ class Look:
                 total, available = memory["MemTotal"], memory["MemAvailable"]
                 need, weights, how, knob = memory_need_gb(dataclasses.replace(self.model, size_gb=self.weights_gb()), total, len(self.used))
                 told = ledger(self.seen[host], owners_of(self.config, host)) or {"engines": {}}
-                back, ours = told["engines"].get(self.slot.name), current.need_gb if current and host in current.hosts else 0.0
-                unknown = back is None and not ours and bool(self.probe.served or self.there[host]["engine"])
+                back = told["engines"].get(self.slot.name)
+                there = bool(back or self.probe.served or self.there[host]["engine"])
+                ours = current.need_gb if there and current and host in current.hosts else 0.0
+                unknown = there and back is None and not ours
                 yield Fit(host, total, available, min(max(back or 0.0, ours), total - available), need, weights, how, knob,
                           holders(told, self.slot.name), unknown)
 
@@ -2582,18 +2614,27 @@ def check_image(look):
         yield "ok", f"{image} is {have.pop()[:19]} on {', '.join(ids)}"
 
 
+def check_roots(look):
+    """A link may lead a local path to where nothing may be mounted from."""
+    roots = look.config.settings["LOCAL_MODEL_ROOTS"]
+    for host, facts in look.there.items() if look.model and look.model.local_path else ():
+        for real in facts["real"]:
+            if not any(real.startswith(root.rstrip("/") + "/") for root in roots):
+                yield ("fail", f"{host}: {look.model.local_path} leads to {printable(real, 200)}, outside LOCAL_MODEL_ROOTS",
+                       "move the model, or add that root")
+
+
 def check_weights(look):
     if look.model is None:
         return
-    good, source, roots = [], look.model.source, look.config.settings["LOCAL_MODEL_ROOTS"]
+    good, source = [], look.model.source
+    if look.deleting:
+        yield "fail", f"{source} is being deleted", "wait for its end, and download it again"
     remedy = "check the path" if look.model.local_path else f"download it there: POST /api/models/{look.model.key}/download"
     for host in (h for h in look.used if h in look.there):
         facts = look.there[host]
-        real = (facts["real"] or [""])[0]
         if not facts["weights"]:
             yield "fail", f"{source} is not on {host}", remedy
-        elif look.model.local_path and not any(real.startswith(root.rstrip("/") + "/") for root in roots):
-            yield "fail", f"{host}: {source} leads to {printable(real, 200)}, outside LOCAL_MODEL_ROOTS", "move the model, or add that root"
         elif facts["missing"]:
             missing = ", ".join([f for f in facts["missing"] if not f.endswith(".incomplete")][:3]) or "a file that is still being downloaded"
             yield "fail", f"{host} has {source} without {printable(missing, 200)}", "let the download finish, or download it again"
@@ -2606,7 +2647,8 @@ def check_weights(look):
 
 
 def check_disk(look):
-    left = {h: min(map(int, kb)) / (1 << 20) for h in look.used if h in look.there and (kb := [v for v in look.there[h]["disk_kb"] if v.isdigit()])}
+    found = {h: [kb for v in look.there[h]["disk_kb"] if (kb := figure(v)) is not None] for h in look.used if h in look.there}
+    left = {h: min(kb) / (1 << 20) for h, kb in found.items() if kb}
     for host, gb in left.items():
         if gb < 10:
             yield "fail" if gb < 1 else "warn", f"{host} has {gb:.1f} GB of disk left; vLLM's caches and docker's logs need some", \
@@ -2632,7 +2674,8 @@ def check_session(look):
 
 
 def check_clock(look):
-    clocks = {h: [float(f["clock"][0]) - float(f["asked"][0]), float(f["unsure"][0])] for h, f in look.there.items() if h in look.used and f["asked"] and f["clock"]}
+    told = {h: [figure((f[name] or [""])[0]) for name in ("clock", "asked", "unsure")] for h, f in look.there.items() if h in look.used}
+    clocks = {h: (clock - asked, unsure) for h, (clock, asked, unsure) in told.items() if None not in (clock, asked, unsure)}
     first, last = (pick(clocks, key=lambda h: clocks[h][0], default=None) for pick in (min, max))
     if first != last and (apart := clocks[last][0] - clocks[first][0]) > 2 + clocks[last][1] + clocks[first][1]:
         yield "warn", f"the clocks of {first} and {last} are {apart:.0f} s apart", "let both follow a time server: sudo timedatectl set-ntp true"
@@ -2654,8 +2697,8 @@ def check_flags(look):
             ("warn", f"cannot tell whether vLLM in {look.image} takes the arguments: {said or 'no answer'}")
 
 
-# One row per check, in the order they are told. `reachable` cannot be skipped: nothing would work.
-CHECKS = {"reachable": check_reachable, "launcher": check_launcher, "docker": check_docker, "port": check_port, "rollback": check_rollback,
+# One row per check, in the order they are told. The first two cannot be skipped: nothing would work, or nobody may say so.
+CHECKS = {"reachable": check_reachable, "roots": check_roots, "launcher": check_launcher, "docker": check_docker, "port": check_port, "rollback": check_rollback,
           "neighbours": check_neighbours, "image": check_image, "weights": check_weights, "disk": check_disk, "memory": check_memory,
           "session": check_session, "clock": check_clock, "driver": check_driver, "flags": check_flags}
 
@@ -2931,6 +2974,7 @@ class SwapRun:
         self.m, self.config, self.cancel = manager, config, cancel
         s = manager.book.running
         self.id, self.log, self.slot = s.id, manager.log_of(s.id), config.layout.slots.get(s.slot)
+        self.hidden = config.models[s.model].secrets() if s.model in config.models else ()      # what no log line may hold
         self.phase, self.phase_at = "", 0.0     # the phase being performed, and since when (monotonic), by this process
         self.was_empty = False              # nothing was there to stop, so no memory has to come back
         self.follower = None
@@ -3061,12 +3105,12 @@ class SwapRun:
         samples, silent = {host: [] for host in s.plan.hosts}, {}
         need_kb = 0 if "memory" in s.skip_checks or s.rollback_of else int(s.plan.need_gb * (1 << 20))
         deadline = time.monotonic() + self.config.settings["SWAP_STOP_TIMEOUT"]
-        script = "awk '/^MemAvailable:/ {print $2}' /proc/meminfo 2>/dev/null; exit 0"
+        script = "awk '/^MemAvailable:/ {print \"available\", $2}' /proc/meminfo 2>/dev/null; exit 0"
         while True:
             for host, got in self.m.hosts.each(samples, lambda h: self.on(h, script, 10)).items():
                 silent[host] = not got.reached
-                if got.out.strip().isdigit():
-                    samples[host].append((time.monotonic(), int(got.out)))
+                if m := re.search(r"^available (\d{1,15})$", got.out, re.M | re.ASCII):        # a login shell may say more
+                    samples[host].append((time.monotonic(), int(m[1])))
                 elif got.reached:
                     del samples[host]       # not a Linux: nothing to go by
             host = next((h for h, v in samples.items()
@@ -3089,8 +3133,10 @@ class SwapRun:
             self.log.add(f"{head}: {got.kind.replace('_', ' ')}; trying again")     # the script's own gate makes that safe
             self.pause(0.5)
         lines = [line for line in f"{got.out}\n{got.err}".splitlines() if line.strip()]
-        # the first line is ours; the launcher may say what it likes after it
-        since = lines.pop(0)[6:].strip() if got.out.startswith("since ") else ""
+        # the first line that begins so is ours, whatever a login shell says before it and the launcher after it
+        since = next((line[6:].strip() for line in lines if line.startswith("since ")), "")
+        lines = [line for line in lines if line != "since " + since]
+        lines = [hide(line, self.hidden) for line in lines]
         for line in lines:
             self.log.add(line)
         if got.kind == "time_out":
@@ -3147,7 +3193,7 @@ class SwapRun:
         self._tell_progress(now)
 
     def _heard(self, line):
-        self.last_line = time.monotonic()
+        self.last_line, line = time.monotonic(), hide(line, self.hidden)
         self.log.add(line)
         heard = classify_log_line(line)
         if heard.kind == "progress":
@@ -3492,6 +3538,7 @@ class SwapManager(Arbiter):
         self._verdicts = {}                                 # guarded by _lock; (image id, argv) -> what vLLM's parser said
         self._cancel = threading.Event()                    # set for the running swap only
         self._validating = threading.BoundedSemaphore(1)
+        self.deleting = lambda repo: False                  # set once, before begin(): whether somebody deletes its weights
         os.makedirs(self.dir, mode=0o700, exist_ok=True)
         super().__init__(data_dir, hub, events, warn)
         self._load(warn)
@@ -3545,11 +3592,12 @@ class SwapManager(Arbiter):
             began = time.time()
             got = self.hosts.run(host, facts_script(model if host in used else None, slot, config, host == slot.hosts[0]), 25, cancel)
             (facts, seen), half = parse_facts(got.out), (time.time() - began) / 2
-            facts |= {"asked": [str(began + half)], "unsure": [str(half)]}
+            facts |= {"asked": [f"{began + half:.3f}"], "unsure": [f"{half:.3f}"]}
             return (facts, seen) if got.kind == "ok" else got
         others = [p for name in config.layout.slots if name != slot.name and (p := self.book.slots.get(name))]
         look = Look(model, slot, config, self.hosts.each(slot.hosts, gather), used,
                     probe_vllm_endpoint(endpoint_of(slot, self.hosts, config.settings), 2.0), self.book.slots.get(slot.name), others)
+        look.deleting = bool(model and self.deleting(model.repo))
         checks = evaluate_checks(look, skip)
         if look.image and "flags" not in skip and (thorough or not any(c.status == "fail" for c in checks)):
             look.parsed = self._parse(look, cancel)
@@ -3566,10 +3614,12 @@ class SwapManager(Arbiter):
         if known:
             return known
         got = self.hosts.run(look.slot.hosts[0], parser_script(look.image, argv), 60, cancel)
+        verdict, said = parse_verdict(got)
+        verdict = verdict, hide(said, look.model.secrets())
         if got.kind == "ok":                    # else docker did not get to run it: next time it may
             with self._lock:
-                self._verdicts = dict([*self._verdicts.items(), (key, parse_verdict(got))][-200:])
-        return parse_verdict(got)
+                self._verdicts = dict([*self._verdicts.items(), (key, verdict)][-200:])
+        return verdict
 
     def validate(self, slot, model):
         """What a swap of slot to model would check and run, vLLM's parser always included; nothing is touched -> JSON. Raises Refused 409."""
@@ -4460,6 +4510,7 @@ def delete_script(repo):
     # Files of the shared store belong to several repos: only hf knows which of them are needed no more.
     r = quote_arg(repo_dir(repo))
     return HUB + f"""r=$h/{r} PATH=$HOME/.local/bin:$PATH; export PATH
+rm -rf "$h"/.trash-*-models--*             # what an interrupted one left
 [ -e "$r" ] || [ -L "$r" ] || {{ echo freed 0; exit 0; }}
 no() {{ echo "$*"; exit 3; }}
 [ "$(cd "$r" && pwd -P)" = "$(cd "$h" && pwd -P)/"{r} ] || no "$r is not a directory of its own in the cache; remove it by hand"
@@ -4648,7 +4699,10 @@ class Transfers:
                 self._set(t, cancelling=True, note=f"{client} cancelled it")
         return [t["id"] for t in mine]
 
-    def delete(self, model, names, client):
+    def deleting(self, repo):
+        return any(t["repo"] == repo and t["steps"][0][0] == "delete" for t in self.running())
+
+    def delete(self, model, names, client, refuse):
         """Remove model's repo from the Sparks of those names -> [{host, freed_bytes}]. Raises Refused 409, 502 with what came of each."""
         def remove(name):
             got = self._hosts.run(name, delete_script(model.repo), 600)
@@ -4661,6 +4715,7 @@ class Transfers:
         # a full disk of ours is no reason not to make room
         t = self._add("delete", model, names[0], [["delete", name, ""] for name in names], client, must=False)
         try:
+            refuse()                            # again: from here on a swap to it fails its checks
             rows = list(self._hosts.each(names, remove).values())
         finally:
             self._drop(t["id"])
@@ -5022,6 +5077,12 @@ class Monitor:
                              f"{name} served {old.probe.served[0]} and now {now}, without a swap", slot=name, model=now)
         self._hub.bump()
 
+    def _rest(self, pause=lambda poll: poll):
+        """Wait for the next look; a change of POLL_SECONDS counts at once."""
+        began = time.monotonic()
+        while (left := began + pause(self._store.settings["POLL_SECONDS"]) - time.monotonic()) > 0 and not self._closing.wait(min(1.0, left)):
+            pass
+
     def _look_at_slot(self, name):
         """One look at a slot, unless a swap is at it; then wait for the next."""
         config, before = self._store.current, self.manager.mark(name)
@@ -5041,7 +5102,7 @@ class Monitor:
                 self.observe(name, probe, foreign=True)
         else:
             self._vitals.pop("slot-" + name, None)
-        self._closing.wait(config.settings["POLL_SECONDS"])
+        self._rest()
 
     def _ask_vitals(self, key, endpoint, serves):
         """Ask a vLLM's /metrics; what it does not tell is not known any more."""
@@ -5069,14 +5130,14 @@ class Monitor:
     def _look_at_service(self, name):
         """One look at a service; then wait for the next. A built-in one that nobody named is asked once a minute until it answers."""
         config, old = self._store.current, self._services.get(name)
-        service, poll = config.layout.services.get(name), config.settings["POLL_SECONDS"]
+        service = config.layout.services.get(name)
         hidden = service is None or name in config.settings["DISABLED_SERVICES"] or not (service.url or service.host)
         taken = {(s.hosts[0], s.port) for s in config.layout.slots.values()} | {
             (s.host, s.port) for s in config.layout.services.values() if s.configured}
         if hidden or not service.configured and (service.host, service.port) in taken:
             self._services.pop(name, None)
             self._publish_service(name, ())
-            return self._closing.wait(poll)
+            return self._rest()
         endpoint, path = service_place(service, self._hosts, config.settings)
         state, detail, facts = probe_service(service, endpoint, path)
         if service.kind == "vllm":
@@ -5093,8 +5154,8 @@ class Monitor:
                 self._hub.bump()
             if old and not same:
                 self._events.add("service_" + state, f"{name} is {state}" + (f": {detail}" if detail else ""), service=name)
-            return self._closing.wait(pause_after(poll, failures))
-        self._closing.wait(max(60, poll))
+            return self._rest(lambda poll: pause_after(poll, failures))
+        self._rest(lambda poll: max(60, poll))
 
     def _look_at_spark(self, name):
         """One look at a Spark; then wait for the next: during a swap a second, when it is dead more and more."""
@@ -5120,7 +5181,7 @@ class Monitor:
             self._events.add("spark_" + view.state, f"{name} is {view.state}" + (f": {view.detail}" if view.detail else ""), spark=name)
         until = time.monotonic() + (1 if swap else pause_after(poll, view.failures))
         while not self._closing.wait(max(0.0, min(1.0, until - time.monotonic()))) and time.monotonic() < until:
-            if swap is None and self._swap_at(name):        # it begins: look at once
+            if swap is None and self._swap_at(name) or self._store.settings["POLL_SECONDS"] < poll:     # it begins: look at once
                 return
 
     def _swap_at(self, name):
@@ -5139,7 +5200,7 @@ class Monitor:
 
     def _tick(self):
         """Once a poll: keep what was measured, and wake long-polls if anything changed that a person would notice."""
-        self._closing.wait(self._store.current.settings["POLL_SECONDS"])
+        self._rest()
         rows = {}
         for key, vitals in self._vitals.copy().items():
             what, _, name = key.partition("-")
@@ -5182,7 +5243,7 @@ READ = 65536                        # bytes at a time, four times as many once t
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 VALUE = r"[^\x00-\x08\x0a-\x1f\x7f]*"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]{{1,8000}}) HTTP/1\.([01])".encode())
-FIELD = re.compile(rf"({TOKEN}):[ \t]*({VALUE}?)[ \t]*".encode())
+FIELD = re.compile(rf"({TOKEN}):({VALUE})".encode())      # blanks around the value are cut off later: here they would cost their cube
 REPLY = re.compile(rf"HTTP/1\.([01]) ([2-5]\d\d)(?: {VALUE})?((?:\r\n{TOKEN}:{VALUE})*)".encode())
 LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]{1,15})(?=\r\n|\Z)")
 FRAMING = re.compile(rb"(?i)\r\n(content-length|transfer-encoding|connection|content-type|retry-after):[ \t]*([^\r]*)")
@@ -5193,7 +5254,8 @@ def dropper(names):
     return re.compile(rf"(?i)\r\n(?:{'|'.join(map(re.escape, names))}):[^\r]*".encode("latin-1"))
 
 
-NOT_PASSED = (*HOP_BY_HOP, "set-cookie", "x-request-id", "strict-transport-security", "content-security-policy")
+NOT_PASSED = (*HOP_BY_HOP, "set-cookie", "x-request-id", "strict-transport-security", "content-security-policy",
+              "access-control-allow-origin", "access-control-allow-credentials", "alt-svc", "clear-site-data", "refresh", "location")
 DROPPED = dropper(NOT_PASSED)
 
 
@@ -5232,7 +5294,7 @@ def route_model(name, config, served, swap, held):
         raise Refused(503, "model_not_serving", f"{name} is in the catalog and not served now", wait,
                       serving=sorted({ids[0] for ids in served.values() if ids}))
     raise Refused(404, "model_not_found", f"the model {printable(name, 200)} does not exist",
-                  available=sorted({i for ids in served.values() for i in ids}), nearest=nearest(name, config.models))
+                  available=sorted({i for ids in served.values() for i in ids})[:50], nearest=nearest(name, config.models))
 
 
 def model_of_form(data, content_type):
@@ -5535,10 +5597,10 @@ def receive(upstream, client, limit_s, most=READ):
 
 def error_body(upstream, client, status, rest, end):
     """What is told of an engine's error: its own words if they are OpenAI-shaped JSON, else ours."""
-    end.data = bytearray()
+    end.data, until = bytearray(), time.monotonic() + 5
     with contextlib.suppress(OSError, ValueError):
         end.take(rest)
-        while not end.done and len(end.data) < 1 << 20 and (chunk := receive(upstream, client, 5)):
+        while not end.done and len(end.data) < 1 << 20 and (chunk := receive(upstream, client, max(0.0, until - time.monotonic()))):
             end.take(chunk)
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         if isinstance(json.loads(end.data)["error"], dict):
@@ -5694,7 +5756,7 @@ def parse_head(head):
     found = [FIELD.fullmatch(line) for line in lines[1:]]
     if not all(found):
         raise Refused(400, "bad_request", "malformed header field")
-    request = Request(m[1].decode(), m[2].decode(), int(m[3]), [(f[1].decode(), f[2].decode("latin-1")) for f in found])
+    request = Request(m[1].decode(), m[2].decode(), int(m[3]), [(f[1].decode(), f[2].strip(b" \t").decode("latin-1")) for f in found])
     count = collections.Counter(k.lower() for k, _ in request.fields)
     length, coding = request.headers.get("content-length", "0"), request.headers.get("transfer-encoding")
     if max(count["content-length"] + count["transfer-encoding"], count["host"]) > 1:
@@ -5723,8 +5785,10 @@ def guard(request, settings, is_open):
     """Who may speak: raises Refused 421, 403 or 401. is_open: needs no key."""
     if not host_allowed(request.headers.get("host", "localhost" if request.minor == 0 else ""), settings["SPARKCTL_ALLOWED_HOSTS"]):
         raise Refused(421, "host_refused", "this Host name is not ours; add it to SPARKCTL_ALLOWED_HOSTS")
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    if site == "cross-site" and not is_open:    # some that only read cost the Sparks something
+        raise Refused(403, "origin_refused", "a page of another origin may not do this")
     if request.method not in ("GET", "HEAD", "OPTIONS"):
-        site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
         same = origin is not None and origin.partition("://")[2].lower() == request.headers.get("host", "").lower()
         if site not in (None, "same-origin", "none") or origin is not None and not same:
             raise Refused(403, "origin_refused", "a page of another origin may not do this")
@@ -5888,6 +5952,7 @@ class App:
         self.jobs = Jobs(jobs, {kind: functools.partial(run, self) for kind, run in JOB_ACTIONS.items()}, self.events.add)
         self.schedules = Schedules(schedules, jobs)
         self.transfers = Transfers(transfers, lambda: store.current, self.hosts, self.hub, self.events.add)
+        self.swaps.deleting = self.transfers.deleting
         self.closing = threading.Event()
         self._parked = threading.BoundedSemaphore(PARKED_MAX)
         for warning in self.warnings:           # what was lost is not only shown until the next start
@@ -6240,7 +6305,7 @@ class App:
         began = time.monotonic()
         try:
             status, _ = endpoint_of(slot, self.hosts, settings).request("POST", path, body, limit_s or settings["SWAP_WARM_TIMEOUT"])
-        except (OSError, http.client.HTTPException) as e:
+        except (OSError, ValueError, http.client.HTTPException) as e:
             status = type(e).__name__
         if status != 200:
             raise Refused(502, "warming_failed", f"{key} did not answer {path}: {status}")
@@ -6415,8 +6480,7 @@ def post_validate(app, r):
     config = app.store.current
     model, slot = entry_of(config.models, "model", r.args["key"]), pick_slot(config, r.json.get("slot"))
     wide_enough(model, slot)
-    with app.parking():
-        return 200, app.swaps.validate(slot, model)
+    return 200, app.swaps.validate(slot, model)
 
 
 def post_unload(app, r):
@@ -6501,7 +6565,7 @@ def stream_swap(app, r):
             if quiet == 60:
                 quiet = 0
                 send(b": keep-alive\n\n")
-    return 200, app.parking()(run)
+    return 200, run
 
 
 def repo_model(app, key):
@@ -6514,8 +6578,7 @@ def repo_model(app, key):
 
 def get_disk(app, r):
     config, served = app.store.current, app.monitor.served
-    with app.parking():                         # a look takes a while: not more of them than places to wait
-        return 200, app.transfers.disk({m.key for m in config.models.values() if weights_used_by(m, config, app.swaps.book, served)})
+    return 200, app.transfers.disk({m.key for m in config.models.values() if weights_used_by(m, config, app.swaps.book, served)})
 
 
 def post_download(app, r):
@@ -6523,8 +6586,7 @@ def post_download(app, r):
     slot = pick_slot(app.store.current, None)
     needs = slot.hosts if model.mode == "cluster" else slot.hosts[:1]
     names_ = [entry_of(sparks, "spark", name).name for name in r.json.get("hosts", needs)]
-    with app.parking():
-        id_ = app.transfers.begin(model, names_, r.client)
+    id_ = app.transfers.begin(model, names_, r.client)
     if not id_:
         return 200, {"model": model.key, "hosts": names_, "state": "complete", "note": "nothing to do: the weights are there"}
     return 202, next(t for t in app.transfers.shown() if t["id"] == id_)
@@ -6533,14 +6595,17 @@ def post_download(app, r):
 def delete_disk(app, r):
     model, config = repo_model(app, r.args["key"]), app.store.current
     names_ = [entry_of(config.sparks, "spark", r.query["host"]).name] if "host" in r.query else list(config.sparks)
-    served = {name: app.serves(slot) for name, slot in config.layout.slots.items()}
-    if why := weights_used_by(model, config, app.swaps.book, served):
-        raise Refused(409, "model_serving", f"the weights of {model.key} are in use: {why}")
+
+    def refuse_used():
+        served = app.monitor.served | {name: app.serves(slot) for name, slot in config.layout.slots.items()}
+        if why := weights_used_by(model, config, app.swaps.book, served):
+            raise Refused(409, "model_serving", f"the weights of {model.key} are in use: {why}")
+    refuse_used()
     others = [m.key for m in config.models.values() if m.repo == model.repo and m.key != model.key]
     if others and not r.query.get("force"):
         raise Refused(409, "repo_shared", f"{', '.join(others)} needs {model.repo} too; force=true deletes it all the same", models=others)
     app.swaps.permit(**right_of(r), what=f"deleting the weights of {model.key}")
-    return 200, {"model": model.key, "repo": model.repo, "hosts": app.transfers.delete(model, names_, r.client)}
+    return 200, {"model": model.key, "repo": model.repo, "hosts": app.transfers.delete(model, names_, r.client, refuse_used)}
 
 
 def get_service_logs(app, r):
@@ -6553,7 +6618,7 @@ def get_service_logs(app, r):
         if why := app.hosts.stream(spark, script, send, lambda: app.closing.is_set() or r.gone()):
             send(f"-- the log of {service.container} on {service.host} ended: {why}\n".encode())
     if follow:
-        return 200, app.parking()(run), kind
+        return 200, run, kind
     got = app.hosts.run(spark, script, 30)
     if got.kind != "ok":
         status, why = 504 if got.kind == "time_out" else 502, f"{service.name} on {service.host}: {why_not(got)}"
@@ -6608,6 +6673,7 @@ def drop_model(app, r):
     refuse_used(app, key)
 
     def change(doc, config):
+        entry_of(config.models | config.hidden, "model", key)
         doc.update({name: {k: v for k, v in doc[name].items() if k != key} for name in ("models", "knobs")})
         doc["hidden"] = [k for k in doc["hidden"] if k != key]
     app.edit_models(r, key, "removed", change)
@@ -6621,6 +6687,7 @@ def put_model(app, r):
         refuse_used(app, key)
 
     def change(doc, config):
+        entry_of(config.models | config.hidden, "model", key)
         doc["hidden"] = [k for k in doc["hidden"] if k != key] + ([key] if hide else [])
     return 200, app.model(app.edit_models(r, key, "hid" if hide else "showed", change)[1], key)
 
@@ -6628,8 +6695,13 @@ def put_model(app, r):
 def put_knobs(app, r):
     key, given = r.args["key"], parse_json(r.body)
     app.model(app.store.current, key)
+    try:                                        # names that only go, too
+        parse_knobs(given)
+    except ValueError as e:
+        raise Refused(422, "bad_field", printable(str(e), 300), field="knobs") from None
 
     def change(doc, config):
+        entry_of(config.models | config.hidden, "model", key)           # somebody may have removed it meanwhile
         old = doc["knobs"].get(key)
         old = {str(k): v for k, v in old.items()} if isinstance(old, dict) else {}
         new = respelled(given, [*dict((config.models | config.hidden)[key].knobs), *old])
@@ -6654,8 +6726,19 @@ def put_settings(app, r):
     def parse(s, value):
         parts = value if isinstance(value, list) else [value]
         require(not any(isinstance(part, (dict, list)) for part in parts), "must be text, a number, true, false or a list of texts")
+        require(not s.secret or value is None or isinstance(value, (str, list)), "must be text")
         require(s.name != "SPARKCTL_DATA", "says where settings.yaml is, so it cannot stand in it: use the environment or --data")
-        s.parse(setting_text(value) or s.default)
+        got = s.parse(setting_text(value) or s.default)
+        if s.name == "SPARKCTL_BIND":           # what would keep the next start from starting
+            require(not exposure(got, "", os.geteuid() == 0, False)[1], "cannot be another address than this machine's own for root")
+            with contextlib.suppress(OSError), socket.create_server((got, 0), family=socket.AF_INET6 if ":" in got else socket.AF_INET):
+                return
+            raise ValueError("is not an address of this machine")
+        if s.name == "MODELS_OVERRIDES" and value:
+            folder, taken = os.path.dirname(store.paths["settings"]), {os.path.realpath(path) for what, path in store.paths.items() if what != "overrides"}
+            path = os.path.realpath(os.path.join(folder, got))
+            require(got.endswith((".yaml", ".yml")) and path not in taken and os.path.isdir(os.path.dirname(path)),
+                    "must be a .yaml file of its own in a directory that exists")
     checked(given, {s.name: functools.partial(parse, s) for s in SETTINGS}, "the body")
     for name in given:
         source = store.settings.sources[name]
@@ -6682,6 +6765,7 @@ class Route(NamedTuple):
     query: dict = {}
     body: dict | None = None    # None: a body is not read as JSON
     open: bool = False          # needs no API key
+    slow: bool = False          # asks Sparks or engines: counts as one who waits
 
     def match(self, path):
         pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(self.path))
@@ -6691,7 +6775,7 @@ class Route(NamedTuple):
 WAIT, FORCE, SINCE = {"wait": number(0, 86400)}, {"force": flag}, {"since": number(0, 10**15, int)}
 LOCK_BODY = {"holder": line_of(100), "ttl": amount(1, LEASE_MAX_S, "seconds"), "wait": amount(0, 86400, "seconds"), "note": line_of(500)}
 SWAP_BODY = {"model": line_of(200), "slot": line_of(64), "dry_run": boolean, "rollback": boolean, "restart": boolean,
-             "skip_checks": lambda value: tuple(map(choice(*list(CHECKS)[1:]), expect("list", value))), "note": line_of(500),
+             "skip_checks": lambda value: tuple(map(choice(*list(CHECKS)[2:]), expect("list", value))), "note": line_of(500),
              "lock": lambda value: checked(expect("mapping", value), LOCK_BODY, "lock")}
 
 
@@ -6721,7 +6805,7 @@ ROUTES = (
     Route("GET",    "/api/swap/{id}",        get_swap, WAIT | SINCE),
     Route("DELETE", "/api/swap/{id}",        lambda app, r: (202, app.swaps.cancel(r.args["id"], **right_of(r)).public()), FORCE),
     Route("GET",    "/api/swap/{id}/stream", stream_swap),
-    Route("POST",   "/api/swap/{key}/validate", post_validate, {}, {"slot": line_of(64)}),
+    Route("POST",   "/api/swap/{key}/validate", post_validate, {}, {"slot": line_of(64)}, slow=True),
     Route("POST",   "/api/unload",           post_unload, WAIT | FORCE, {"slot": line_of(64), "note": line_of(500)}),
     Route("GET",    "/api/schedule",         lambda app, r: (200, dict(zip(("schedules", "conflicts"), app.schedules.view())))),
     Route("POST",   "/api/schedule",         lambda app, r: app.put_entry(r, "schedule", app.schedules), {},
@@ -6730,21 +6814,21 @@ ROUTES = (
     Route("GET",    "/api/jobs",             lambda app, r: (200, {"jobs": app.jobs.shown()})),
     Route("POST",   "/api/jobs",             post_job, {}, JOB),
     Route("DELETE", "/api/jobs/{id}",        lambda app, r: app.drop_entry(r, "job", app.jobs)),
-    Route("GET",    "/api/disk",             get_disk),
-    Route("POST",   "/api/models/{key}/download", post_download, {}, {"hosts": spark_names}),
+    Route("GET",    "/api/disk",             get_disk, slow=True),
+    Route("POST",   "/api/models/{key}/download", post_download, {}, {"hosts": spark_names}, slow=True),
     Route("DELETE", "/api/models/{key}/download", lambda app, r: (202, {"cancelled": app.transfers.cancel(r.args["key"], r.client)})),
-    Route("DELETE", "/api/models/{key}/disk", delete_disk, {"host": line_of(64)} | FORCE),
+    Route("DELETE", "/api/models/{key}/disk", delete_disk, {"host": line_of(64)} | FORCE, slow=True),
     Route("GET",    "/api/webhooks",         get_webhooks),
     Route("POST",   "/api/webhooks/test",    post_webhook_test),
     Route("POST",   "/api/services/{name}/restart",
-          lambda app, r: (200, {"restarted": r.args["name"], "detail": app.restart(r.args["name"], **right_of(r))}), FORCE),
+          lambda app, r: (200, {"restarted": r.args["name"], "detail": app.restart(r.args["name"], **right_of(r))}), FORCE, slow=True),
     Route("GET",    "/api/services",         lambda app, r: (200, {"services": app.tiles(app.store.current)})),
-    Route("GET",    "/api/services/{name}/logs", get_service_logs, {"tail": number(0, 10_000, int), "follow": flag}),
+    Route("GET",    "/api/services/{name}/logs", get_service_logs, {"tail": number(0, 10_000, int), "follow": flag}, slow=True),
     Route("GET",    "/api/endpoints",        lambda app, r: (200, app.endpoints(r))),
-    Route("GET",    "/api/connectivity",     lambda app, r: (200, app.connectivity())),
+    Route("GET",    "/api/connectivity",     lambda app, r: (200, app.connectivity()), slow=True),
     Route("GET",    "/api/history",          get_history, {"minutes": number(1, 1440, int)}),
     Route("GET",    "/metrics",              get_metrics),
-    Route("GET",    "/api/health/deep",      lambda app, r: (200, app.health())),
+    Route("GET",    "/api/health/deep",      lambda app, r: (200, app.health()), slow=True),
     Route("GET",    "/api/events",           lambda app, r: (200, {"events": app.events.since(r.query.get("since", 0))}), SINCE),
     Route("GET",    "/api/settings",         get_settings),
     Route("PUT",    "/api/settings",         put_settings),
@@ -6963,7 +7047,8 @@ class Handler(BaseHTTPRequestHandler):
             request.json = checked(parse_json(request.body), route.body, "the body")
         began, status = time.monotonic(), 500
         try:
-            status, *answer = route.handler(app, request)
+            with app.parking() if route.slow else contextlib.nullcontext():
+                status, *answer = route.handler(app, request)
         except Refused as e:
             status = e.status
             raise
@@ -6985,16 +7070,18 @@ class Handler(BaseHTTPRequestHandler):
             fields["Connection"] = "close"
         first = f"HTTP/1.1 {status} {http.client.responses.get(status, 'Refused')}"
         head = "\r\n".join([first, *(f"{k}: {v}" for k, v in fields.items()), "", ""]).encode("latin-1", "replace")
-        self.connection.sendall(head if head_only else head + body)
         if not streams or head_only:
+            self.connection.sendall(head if head_only else head + body)
             return status, len(body)
         sent = [0]
 
         def send(data):                         # raises OSError when the client left
             self.connection.sendall(data)
             sent[0] += len(data)
-        with contextlib.suppress(Refused):      # its subject is gone; the status was sent long ago
-            content(send)
+        with getattr(self.server.app, "parking", contextlib.nullcontext)():
+            self.connection.sendall(head)
+            with contextlib.suppress(Refused):      # its subject is gone; the status was sent long ago
+                content(send)
         return status, sent[0]
 
     def proxy(self, app, request, length):
@@ -7042,13 +7129,15 @@ class Handler(BaseHTTPRequestHandler):
             raise too_large
         self.expect(request)
         end, slow, name = BodyEnd(None if length < 0 else length, length < 0, strict=True, keep=True), "the upload stood still", None
+        until, looked = time.monotonic() + BODY_S, -4096
         while True:
             data, self.buffer = self.buffer, b""
             request.body += self.take_part(end, data)
-            name = model_of_form(bytes(end.data), request.headers.get("content-type", ""))
+            if len(end.data) - looked >= 4096 or end.done or len(end.data) >= READ:     # not for every byte of a slow one
+                looked, name = len(end.data), model_of_form(bytes(end.data), request.headers.get("content-type", ""))
             if name is not None or end.done or len(end.data) >= READ:
                 break
-            self.receive(time.monotonic() + BODY_S, slow)
+            self.receive(until, slow)
         end.data, size = None, len(request.body)
 
         def feed(upstream):
@@ -7184,7 +7273,7 @@ class DemoEngine(Handler):
         if name not in names:
             raise Refused(404, "NotFoundError", f"The model `{name}` does not exist.")
         chat, streams = request.path == "/v1/chat/completions", bool(asked.get("stream"))
-        said = asked.get("messages", [{}])[-1].get("content", "") if chat else asked.get("prompt", "")
+        said = (asked.get("messages") or [{}])[-1].get("content", "") if chat else asked.get("prompt", "")
         text = f"This is {names[0]}, a pretended model. You said: {said}"
         usage = {"prompt_tokens": len(str(said).split()), "completion_tokens": len(text.split())}
         usage["total_tokens"] = sum(usage.values())
@@ -7304,7 +7393,7 @@ def run_import(store, files, write):
         done.add(key)
         for note in notes + more:
             print(f"{printable(path, 300)}: {note}", file=sys.stderr)
-        title = printable(path, 300) + (", added" if write else ", to paste under `models:`")
+        title = printable(path, 300) + (f", added to {store.paths['overrides']}" if write else ", to paste under `models:`")
         told = "".join(f"# {line}\n" for line in (title, *notes, *more))
         print(re.sub("(?m)^(?=.)", "  ", told + to_yaml({key: entry})), end="")
     return status
@@ -7337,7 +7426,7 @@ def serve(store, data_dir, allow_root, demo):
     told, tell = socket.socketpair()            # the kernel may give a signal to any thread, and only a byte wakes this one
     tell.setblocking(False)
     signal.set_wakeup_fd(tell.fileno())
-    for number_ in (signal.SIGTERM, signal.SIGINT):
+    for number_ in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else [])):    # nohup
         signal.signal(number_, lambda *_: None)
     app.start()
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
