@@ -758,6 +758,14 @@ KNOB = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,127}")
 OURS = frozenset(("port", "served-model-name", "model", "nnodes", "node-rank", "master-addr", "master-port", "headless"))
 
 
+def hide(said, hidden):
+    """A text without the secrets in hidden, however sh, bash's printf %q or JSON spell them."""
+    for value in sorted(hidden, key=len, reverse=True):
+        for form in {value, value.replace("'", "'\"'\"'"), re.sub(r"([^\w@%+=:,./-])", r"\\\1", value), json.dumps(value, ensure_ascii=False)[1:-1]}:
+            said = said.replace(form, "***")
+    return said
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelDef:
     """One model that may be served. Exactly one of repo and local_path is set."""
@@ -800,14 +808,6 @@ class ModelDef:
         got = {**vars(self), "knobs": knobs, "args": [hide(arg, self.secrets()) for arg in self.args], "env": env, "image": self.image or None, "size_gb": self.size_gb or None}
         del got["repo" if self.local_path else "local_path"]
         return got
-
-
-def hide(said, hidden):
-    """A text without the secrets in hidden, however sh, bash's printf %q or JSON spell them."""
-    for value in sorted(hidden, key=len, reverse=True):
-        for form in {value, value.replace("'", "'\"'\"'"), re.sub(r"([^\w@%+=:,./-])", r"\\\1", value), json.dumps(value, ensure_ascii=False)[1:-1]}:
-            said = said.replace(form, "***")
-    return said
 
 
 def validate_repo(value):
@@ -6596,16 +6596,16 @@ def delete_disk(app, r):
     model, config = repo_model(app, r.args["key"]), app.store.current
     names_ = [entry_of(config.sparks, "spark", r.query["host"]).name] if "host" in r.query else list(config.sparks)
 
-    def refuse_used():
+    def refuse_if_used():
         served = app.monitor.served | {name: app.serves(slot) for name, slot in config.layout.slots.items()}
         if why := weights_used_by(model, config, app.swaps.book, served):
             raise Refused(409, "model_serving", f"the weights of {model.key} are in use: {why}")
-    refuse_used()
+    refuse_if_used()
     others = [m.key for m in config.models.values() if m.repo == model.repo and m.key != model.key]
     if others and not r.query.get("force"):
         raise Refused(409, "repo_shared", f"{', '.join(others)} needs {model.repo} too; force=true deletes it all the same", models=others)
     app.swaps.permit(**right_of(r), what=f"deleting the weights of {model.key}")
-    return 200, {"model": model.key, "repo": model.repo, "hosts": app.transfers.delete(model, names_, r.client, refuse_used)}
+    return 200, {"model": model.key, "repo": model.repo, "hosts": app.transfers.delete(model, names_, r.client, refuse_if_used)}
 
 
 def get_service_logs(app, r):
@@ -6730,7 +6730,7 @@ def put_settings(app, r):
         require(s.name != "SPARKCTL_DATA", "says where settings.yaml is, so it cannot stand in it: use the environment or --data")
         got = s.parse(setting_text(value) or s.default)
         if s.name == "SPARKCTL_BIND":           # what would keep the next start from starting
-            require(not exposure(got, "", os.geteuid() == 0, False)[1], "cannot be another address than this machine's own for root")
+            require(not exposure(got, "", os.geteuid() == 0, False)[1], "must be a loopback address while sparkctl runs as root")
             with contextlib.suppress(OSError), socket.create_server((got, 0), family=socket.AF_INET6 if ":" in got else socket.AF_INET):
                 return
             raise ValueError("is not an address of this machine")
@@ -6739,13 +6739,13 @@ def put_settings(app, r):
             path = os.path.realpath(os.path.join(folder, got))
             require(got.endswith((".yaml", ".yml")) and path not in taken and os.path.isdir(os.path.dirname(path)),
                     "must be a .yaml file of its own in a directory that exists")
-    checked(given, {s.name: functools.partial(parse, s) for s in SETTINGS}, "the body")
     for name in given:
-        source = store.settings.sources[name]
-        if stranger and SETTING[name].guarded:
+        if stranger and name in SETTING and SETTING[name].guarded:
             raise Refused(403, "setting_protected", f"{name} can be changed with an API key only, or where sparkctl listens on loopback: "
                           "set it in the environment or in settings.yaml", name=name)
-        if source in PINNED:
+    checked(given, {s.name: functools.partial(parse, s) for s in SETTINGS}, "the body")
+    for name in given:
+        if (source := store.settings.sources[name]) in PINNED:
             raise Refused(409, "pinned", f"{name} comes from the {source}, which goes first: change it there", name=name, source=source)
 
     def change(doc, config):

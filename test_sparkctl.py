@@ -1757,6 +1757,31 @@ def test_weights_that_are_served_or_about_to_be_are_not_deleted(store):
     assert all(repos_of(store, s)["org/alpha"]["complete"] for s in store.rig.sparks)
 
 
+def test_a_swap_and_a_deletion_of_its_weights_do_not_both_begin(store):
+    rig = store.rig
+    for spark in rig.sparks:                # a deletion that lasts for as long as the file is there
+        rig.tool(spark, "hf", '#!/bin/sh\ncase "$*" in *--help*) exit 0;; esac\nwhile [ -e "@ROOT@/hold" ]; do sleep 0.05; done; exit 1\n')
+    (rig.root / "hold").touch()
+    gone = background(lambda: store.call("DELETE", "/api/models/alpha/disk?host=spark1"))
+    until(lambda: [c for c in rig.calls("spark1") if "hf cache rm" in c["command"]])
+    got = store.swap("alpha")
+    assert got.status == 502 and "org/alpha is being deleted" in errors_of(got.json)[1] and not launches(rig)
+    (rig.root / "hold").unlink()
+    assert gone.result(60).status == 200
+    rig.behave("spark1", "fancy", load=5)
+    store.post("/api/swap", {"model": "fancy"})
+    assert store.call("DELETE", "/api/models/fancy/disk").code == "model_serving"
+
+
+def test_weights_that_a_vllm_service_serves_are_not_deleted(rig, start, tmp_path):
+    env, port = rig_env(rig, tmp_path), rig.free_port("spark2")
+    (tmp_path / "services.yaml").write_text(f"services: {{second: {{kind: vllm, host: spark2, port: {port}}}}}")
+    rig.start_foreign("spark2", port, "org/beta")
+    p = start(env, args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    until(lambda: p.get("/v1/models").json["data"])
+    assert p.call("DELETE", "/api/models/beta/disk").code == "model_serving"
+
+
 # === 12 monitor ===============================================================
 
 CID = "c" * 64
@@ -3070,7 +3095,7 @@ def test_those_who_wait_leave_connections_for_those_who_do_not(impatient):
             sock.sendall(f"GET /api/state?since={version}&wait=50 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             return b"too_many_waiting" in ask(f"/api/state?since={version}&wait=0.1")
         until(no_place_is_left)
-        assert ask("/api/state").startswith(b"HTTP/1.1 200")
+        assert ask("/api/state").startswith(b"HTTP/1.1 200") and ask("/api/connectivity").startswith(b"HTTP/1.1 503")
 
 
 @pytest.mark.parametrize("data,answer", [
@@ -3294,6 +3319,9 @@ def test_a_setting_that_makes_no_sense_is_refused_in_words_and_nothing_is_writte
             ({"SPARKCTL_DATA": "/x"}, 422, "bad_field", "says where settings.yaml is"), ({"LAUNCH_DIR": "a\nb"}, 422, "bad_field", "control characters"),
             ({"SPARK1_HOST": "-oProxyCommand=id"}, 422, "bad_field", "host name"), ({"SPARKCTL_API_KEY": "hush\x07"}, 422, "bad_field", "control characters"),
             ({"WEBHOOK_URL": "ftp://hush"}, 422, "bad_field", "must be addresses"), ({"LOCAL_MODEL_ROOTS": "/a/../b"}, 422, "bad_field", "not an absolute"),
+            ({"SPARKCTL_BIND": "127.0.0.999"}, 422, "bad_field", "is not an address of this machine"), ({"MODELS_OVERRIDES": "settings.yaml"}, 422, "bad_field", "of its own"),
+            ({"MODELS_OVERRIDES": "/nonexistent/x.yaml"}, 422, "bad_field", "that exists"), ({"SPARKCTL_API_KEY": False}, 422, "bad_field", "must be text"),
+            ({"OPEN_WEBUI_URL": "http://127.0.0.1:1,"}, 422, "bad_field", "must be one address"),
             ({"MAX_BODY_MB": 2}, 409, "pinned", "MAX_BODY_MB comes from the environment"), ({"SPARKCTL_PORT": 1}, 409, "pinned", "command line"),
             ({"HOLD_SECONDS": 5, "NOPE": 1}, 422, "unknown_field", "NOPE")):
         got = bare.call("PUT", "/api/settings", body)
@@ -4552,6 +4580,12 @@ def test_a_recipe_that_cannot_be_imported_says_why(command, more, words):
     with pytest.raises(ValueError) as e:
         serves_with(command, **more)
     assert words in str(e.value)
+
+
+@pytest.mark.parametrize("odd", ["a: !!int ''", "a: !!bool foo", "a: !!timestamp foo", "a: !!float x", "? !!int x\n: 1"])
+def test_yaml_tags_that_lie_are_a_broken_file_and_nothing_worse(odd):
+    with pytest.raises(ValueError, match="YAML"):
+        sc.parse_yaml(odd.encode())
 
 
 # === 5 services ===============================================================
