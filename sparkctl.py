@@ -5307,7 +5307,7 @@ def model_of_form(data, content_type):
     return None
 
 
-COUNTED = re.compile(rb'"(prompt|input|completion|output)_tokens"\s*:\s*(\d{1,9})\b')
+COUNTED = [re.compile(rb'"(?:%b)_tokens"\s*:\s*(\d{1,9})\b' % names) for names in (b"prompt|input", b"completion|output")]
 
 
 def tokens_of(tail):
@@ -5315,8 +5315,8 @@ def tokens_of(tail):
     at = tail.rfind(b'"usage"') + 7             # in text that a model wrote a backslash would stand before the second quote
     if at < 7 or not tail[at:at + 4].lstrip(b": ").startswith(b"{"):
         return None, None
-    got = dict(reversed(COUNTED.findall(tail, at, at + 600)))
-    return tuple(int(n) if n else None for n in (got.get(b"prompt", got.get(b"input")), got.get(b"completion", got.get(b"output"))))
+    prompt, completion = [pattern.search(tail, at, at + 600) for pattern in COUNTED]
+    return prompt and int(prompt[1]), completion and int(completion[1])
 
 
 def shown_request(at, client, asked, status, size, seconds, key, model, where, served, first, streams, tail):
@@ -5377,26 +5377,31 @@ class Activity:
             with self._lock, contextlib.suppress(IndexError):           # another thread was quicker
                 for _ in range(self.STEP):
                     row = self._new.popleft()
-                    if int(row[0]) != second:
-                        second, shown = int(row[0]), utc(int(row[0]))[:-4]
-                    lines.append(f"{shown}{int(row[0] % 1 * 1000):03}Z {row[1]} {row[2][:300]} {row[3]} {row[4]} B {row[5] * 1000:.1f} ms {row[6]}")
-                    if len(row) > 7:
+                    at, client, asked, status, size, seconds, key, *more = row
+                    if int(at) != second:
+                        second, shown = int(at), utc(int(at))[:-4]
+                    lines.append("%s%03dZ %s %.300s %d %d B %.1f ms %s" % (shown, at % 1 * 1000, client, asked, status, size, seconds * 1000, key))
+                    if more:
                         self._recent.append(row)
-                        self._count_locked(*row)
+                        self._count_locked(asked, status, size, seconds, *more)
             time.sleep(0)                       # whoever waits to go on with a reply goes first
         if lines:
             with contextlib.suppress(OSError, ValueError):
                 print("\n".join(lines), file=sys.stderr, flush=True)
 
-    def _count_locked(self, at, client, asked, status, size, seconds, key, model, where, served, first, streams, tail):
+    def _count_locked(self, asked, status, size, seconds, model, where, served, first, streams, tail):
         # a model that is not served counts under no name: clients may make up as many as they like
         count = self._counts.get((served, asked)) or self._counts.setdefault((served, asked), collections.defaultdict(int))
         prompt, completion = tokens_of(tail)
-        for what, by in (("bytes", size), ("seconds", seconds), (status, 1), (("seconds", bisect.bisect_left(self.BUCKETS, seconds)), 1),
-                         ("prompt", prompt), ("completion", completion), ("first", first),
-                         (("first", bisect.bisect_left(self.BUCKETS, first)), 1 if first else 0)):
-            if by:
-                count[what] += by
+        count[status] += 1
+        count["bytes"] += size
+        count["seconds"] += seconds
+        count["seconds", bisect.bisect_left(self.BUCKETS, seconds)] += 1
+        count["prompt"] += prompt or 0
+        count["completion"] += completion or 0
+        if first:
+            count["first"] += first
+            count["first", bisect.bisect_left(self.BUCKETS, first)] += 1
 
     def recent(self):
         """The last requests, newest first."""
@@ -5432,11 +5437,19 @@ def bound_socket(sock, read_s, write_s):
         sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
 
 
+TCP_ESTABLISHED, SO_MEMINFO, NONE_UNREAD = b"\x01", 55, bytes(4)        # linux: include/net/tcp_states.h, asm-generic/socket.h, sock_diag.h
+
+
+def is_quiet(sock):
+    """Whether a connection is open, and nothing came on it that is not read yet. Unlike recv, getsockopt keeps Python's own lock."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == TCP_ESTABLISHED and \
+        sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 4) == NONE_UNREAD
+
+
 class Pool:
     """Idle connections to engines, the one used last first. Safe to use from any thread."""
 
     IDLE_S = 4.0                    # uvicorn closes after 5 (uvicorn/config.py, timeout_keep_alive)
-    PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
     def __init__(self):
         self._idle = {}             # (host, port) -> deque of (socket, since when), thread-safe by itself
@@ -5447,14 +5460,10 @@ class Pool:
         while idle:
             try:
                 sock, since = idle.pop()
-                if since > fresh:
-                    sock.recv(1, self.PEEK)
             except IndexError:                  # another thread was quicker
                 break
-            except BlockingIOError:             # as it should be: open, and nothing said
+            if since > fresh and is_quiet(sock):
                 return sock, True
-            except OSError:
-                pass
             sock.close()
         return self.connect(endpoint), False
 
@@ -6858,6 +6867,7 @@ class Handler(BaseHTTPRequestHandler):
         self.connection, self.buffer, self.close_connection, self.lingers = self.request, b"", False, False
         self.poll = select.poll()
         self.poll.register(self.connection, select.POLLIN)
+        self.shares_cpu = False
         self.known = None, None, None           # (head but for its length, Config, Request) of the last /v1 request, which was let in
         bound_socket(self.connection, HEAD_S, SEND_S)
 
@@ -6882,8 +6892,9 @@ class Handler(BaseHTTPRequestHandler):
         self.reserved = busy = 0
         try:
             head = self.read_head()
-            busy = 1
-            self.server.count(busy)
+            busy = self.server.count(1)
+            if busy > 1 and not self.shares_cpu and self.known[0]:
+                self.share_cpu(True)
             m, (known, config, request) = LENGTH.search(head), self.known
             if m and known == head[:m.start()] + head[m.end():] and config is self.server.app.store.current:
                 asked, began = self.asked, request.renew().began
@@ -7026,6 +7037,13 @@ class Handler(BaseHTTPRequestHandler):
 
     # --- answering
 
+    def share_cpu(self, wish):
+        """Run on the one CPU where all relay who do so at the same time; or again wherever we may, and what we start."""
+        if wish != self.shares_cpu:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, {self.server.cpu} if wish else self.server.cpus)
+            self.shares_cpu = wish
+
     def answer(self, request, length):
         app, self.let_in = self.server.app, self.server.app.store.current      # the Config by which it is let in
         settings = self.let_in.settings
@@ -7039,6 +7057,7 @@ class Handler(BaseHTTPRequestHandler):
             raise
         if proxied:
             return self.proxy(app, request, length)
+        self.share_cpu(False)
         request.body = self.read_body(request, length, settings["MAX_BODY_MB"] << 20)
         if request.raw_query.count("&") >= 50:
             raise Refused(400, "bad_request", "too many query fields")
@@ -7092,7 +7111,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             request.body = self.read_body(request, length, config.settings["MAX_BODY_MB"] << 20)
             try:
-                name = json.loads(request.body).get("model")
+                name = json.loads(str(request.body, "utf-8")).get("model")
             except (ValueError, AttributeError, RecursionError):
                 raise Refused(400, "bad_json", "the body must be a JSON object") from None
             length = len(request.body)
@@ -7164,6 +7183,13 @@ class Handler(BaseHTTPRequestHandler):
         return name, feed
 
 
+def capacity_of(cpu):
+    """How fast the kernel thinks a CPU is beside others, 0 where all are alike; half of a GB10's are slow ones."""
+    with contextlib.suppress(OSError, ValueError), open(f"/sys/devices/system/cpu/cpu{cpu}/cpu_capacity", encoding="ascii") as f:
+        return int(f.read())
+    return 0
+
+
 class Server(ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, 128
 
@@ -7173,6 +7199,9 @@ class Server(ThreadingHTTPServer):
         self._lock = threading.Lock()
         self._busy = 0                          # guarded by _lock; requests being answered
         self._bodies = 0                        # guarded by _lock; bytes of bodies of more than READ bytes that are being read
+        # Python runs one thread at a time: to hand over to one on another CPU costs three times what it does on the same
+        self.cpus = os.sched_getaffinity(0)
+        self.cpu = max(self.cpus, key=lambda n: (capacity_of(n), n))
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, handler)
 
@@ -7195,8 +7224,10 @@ class Server(ThreadingHTTPServer):
             self._slots.release()
 
     def count(self, by):
+        """Count a request in or out -> how many are being answered."""
         with self._lock:
             self._busy += by
+            return self._busy
 
     def bodies(self, by, most=math.inf):
         """Count bytes of bodies. Raises Refused 503 if that were more than `most` altogether."""
