@@ -37,8 +37,7 @@ counts and logs what was answered.
 Locks: Arbiter._lock guards the one decision who may start what, and is held until the journal has it; Hub.changed the
 version that long-polls wait on; Gate._lock the holding and counting of requests; Activity._lock the counters and last
 requests; Events._lock, SwapLog._lock and Register._lock a list and its file; Webhooks._lock deliveries and queues;
-Jobs._lock which jobs run; Monitor._lock what the slots' polls last saw; History._lock and Meter._lock what was measured
-and counted; ConfigStore._lock reading and editing the YAML files; Hosts._lock the resolved addresses; Server._lock the
+Jobs._lock which jobs run; Monitor._lock what the slots' polls last saw; History._lock what was measured; ConfigStore._lock reading and editing the YAML files; Hosts._lock the resolved addresses; Server._lock the
 count of replies in flight and of bytes of bodies. No lock is held across ssh, HTTP or sleep, and no two at once. What is
 published is immutable and replaced whole: readers take no lock.
 Trusted: the two YAML files, the environment, the user that ssh logs in as. Not trusted: clients, web pages in
@@ -3957,7 +3956,7 @@ class Webhooks:
         self._lock = threading.Lock()
         self._deliveries = collections.deque(maxlen=self.KEEP)      # guarded by _lock; newest first
         self._queues = {}                                   # guarded by _lock; URL -> Queue of its thread
-        self._outcomes = collections.Counter()              # guarded by _lock; (outcome,) -> deliveries since the start
+        self._outcomes = collections.Counter()              # guarded by _lock; outcome -> deliveries since the start
 
     def wants(self, kind):
         wanted = any(fnmatch.fnmatchcase(kind, name) for name in self._settings()["WEBHOOK_EVENTS"])
@@ -3983,7 +3982,7 @@ class Webhooks:
                 self._queues[url].put_nowait((row, body))
             except queue.Full:
                 row.update(outcome="dropped", detail=f"{self.QUEUE} deliveries were waiting already")
-                self._outcomes["dropped",] += 1
+                self._outcomes["dropped"] += 1
         return row["id"]
 
     def deliveries(self):
@@ -4008,7 +4007,7 @@ class Webhooks:
                 outcome = {"outcome": "failed", "detail": f"no answer within {self.LIMIT_S:g} s" if late else printable(str(what), 200)}
             with self._lock:
                 row.update(outcome, seconds=round(time.monotonic() - began, 3))
-                self._outcomes[outcome["outcome"],] += 1
+                self._outcomes[outcome["outcome"]] += 1
             if outcome["outcome"] != "delivered":
                 log(f"webhook {row['event']} to {row['to']}: {outcome['outcome']} {outcome.get('status') or ''} {outcome['detail']}")
             self._hub.bump()
@@ -4937,38 +4936,6 @@ class Box(NamedTuple):
     lost_at: float | None = None    # since when it does not answer; from then on nothing is added
 
 
-class Meter:
-    """What is counted for /metrics since the start."""
-
-    BOUNDS = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, math.inf)
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._counts = collections.Counter()    # guarded by _lock; (what, which, …) -> number
-
-    def add(self, *rows):
-        """rows: (number, what, which, …)"""
-        with self._lock:
-            for number_, *key in rows:
-                self._counts[tuple(key)] += number_
-
-    def listen(self, event, payload):
-        """A listener of Events: swaps come with their phases."""
-        phases = (payload or {}).get("phases", ())
-        self.add((1, "event", event["kind"]), *((row["seconds"] or 0, "phase_sum", row["phase"]) for row in phases),
-                 *((1, "phase_count", row["phase"]) for row in phases))
-
-    def request(self, method, status, seconds):
-        """seconds None: it waited because it was told to."""
-        timed = () if seconds is None else ((seconds, "seconds_sum"), (1, "seconds", next(b for b in self.BOUNDS if seconds <= b)))
-        self.add((1, "request", method, status), *timed)
-
-    def of(self, what):
-        """{key after what: number}"""
-        with self._lock:
-            return {key[1:]: n for key, n in self._counts.items() if key[0] == what}
-
-
 def prometheus(families):
     """Text format 0.0.4 of (name, type, help, [(suffix, {label: value}, number or None)]); None: not known, so not told."""
     escape = lambda value: str(value).replace("\\", r"\\").replace("\n", r"\n").replace('"', r'\"')
@@ -5330,7 +5297,7 @@ def shown_request(at, client, asked, status, size, seconds, key, model, where, s
 
 
 class Activity:
-    """What was asked lately and how that went: the last 500 /v1 requests, counters since the start, and the log of requests.
+    """What was asked lately and how that went: the last 500 /v1 requests, counters for /metrics, and the log of requests.
 
     Whoever answers a request appends what it knows, and that is all it costs there; the thread `access` counts and
     writes the log a moment later, a few at a time, and so does whoever reads.
@@ -5338,13 +5305,15 @@ class Activity:
 
     KEEP, AFTER_S, MOST, STEP = 500, 0.2, 20_000, 10
     BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)            # seconds
+    METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "DELETE"))       # clients may make up others
 
     def __init__(self):
         self._new = collections.deque()                     # thread-safe by itself
         self._wake, self._closing = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._recent = collections.deque(maxlen=self.KEEP)  # guarded by _lock; newest last
-        self._counts = {}                                   # guarded by _lock; (model, method and path) -> {what: how much}
+        self._counts = {}                                   # guarded by _lock; (model, method and path) or (None, method) -> {what: how much}
+        self._told = collections.Counter()                  # guarded by _lock; (what, which) of events -> number
         self._thread = forever("access", self._closing, self._step)
         self._thread.start()
 
@@ -5364,7 +5333,8 @@ class Activity:
     def add(self, row):
         """row: Unix time of the end, client, method and path, status, bytes, seconds, id; of a request to /v1 that could be read
         also the model as asked for, the slot or service that answered or None, the model served there, seconds to the first
-        byte (0: none came), whether it streamed, and the end of the reply, for its `usage`."""
+        byte (0: none came), whether it streamed, and the end of the reply, for its `usage`; of another that took as long as
+        it was told to only None."""
         self._new.append(row)
         if not self._wake.is_set():
             self._wake.set()
@@ -5381,27 +5351,44 @@ class Activity:
                     if int(at) != second:
                         second, shown = int(at), utc(int(at))[:-4]
                     lines.append("%s%03dZ %s %.300s %d %d B %.1f ms %s" % (shown, at % 1 * 1000, client, asked, status, size, seconds * 1000, key))
-                    if more:
+                    if len(more) > 1:
                         self._recent.append(row)
-                        self._count_locked(asked, status, size, seconds, *more)
+                    self._count_locked(asked, status, size, seconds, *more)
             time.sleep(0)                       # whoever waits to go on with a reply goes first
         if lines:
             with contextlib.suppress(OSError, ValueError):
                 print("\n".join(lines), file=sys.stderr, flush=True)
 
-    def _count_locked(self, asked, status, size, seconds, model, where, served, first, streams, tail):
+    def _count_locked(self, asked, status, size, seconds, model="", where=None, served=None, first=0.0, streams=False, tail=b""):
         # a model that is not served counts under no name: clients may make up as many as they like
+        if served is None:
+            method = asked.partition(" ")[0]
+            asked = method if method in self.METHODS else "other"
         count = self._counts.get((served, asked)) or self._counts.setdefault((served, asked), collections.defaultdict(int))
         prompt, completion = tokens_of(tail)
         count[status] += 1
         count["bytes"] += size
-        count["seconds"] += seconds
-        count["seconds", bisect.bisect_left(self.BUCKETS, seconds)] += 1
         count["prompt"] += prompt or 0
         count["completion"] += completion or 0
+        if model is not None:
+            count["seconds"] += seconds
+            count["seconds", bisect.bisect_left(self.BUCKETS, seconds)] += 1
         if first:
             count["first"] += first
             count["first", bisect.bisect_left(self.BUCKETS, first)] += 1
+
+    def listen(self, event, payload):
+        """A listener of Events: swaps come with their phases."""
+        with self._lock:
+            self._told["event", event["kind"]] += 1
+            for row in (payload or {}).get("phases", ()):
+                self._told["phase_sum", row["phase"]] += row["seconds"] or 0
+                self._told["phase_count", row["phase"]] += 1
+
+    def told(self, what):
+        """{which: number} of what listen() counted: event, phase_sum (seconds) or phase_count."""
+        with self._lock:
+            return {key[1]: n for key, n in self._told.items() if key[0] == what}
 
     def recent(self):
         """The last requests, newest first."""
@@ -5414,15 +5401,19 @@ class Activity:
         """(name, type, help, [(suffix, labels, number)]) of everything counted, as Prometheus wants it."""
         self.drain()
         with self._lock:
-            rows = [({"model": model, "route": asked.partition(" ")[2]}, dict(count)) for (model, asked), count in sorted(self._counts.items())]
-        yield ("sparkctl_requests_total", "counter", "requests to /v1 by the model that served them", [
-            ("", {**labels, "status": str(what)}, n) for labels, count in rows for what, n in count.items() if isinstance(what, int)])
+            counts = [(model, asked, dict(count)) for (model, asked), count in self._counts.items()]
+        rows = sorted((({"model": model, "route": asked.partition(" ")[2]}, count) for model, asked, count in counts if model is not None), key=repr)
+        others = sorted((({"method": asked}, count) for model, asked, count in counts if model is None), key=repr)
+        for name, told, of in (("requests", "requests to /v1 by the model that served them", rows), ("http_requests", "all other requests", others)):
+            yield f"sparkctl_{name}_total", "counter", told, [
+                ("", {**labels, "status": str(what)}, n) for labels, count in of for what, n in count.items() if isinstance(what, int)]
         for what, name, told in (("bytes", "reply_bytes", "bytes of replies"), ("prompt", "prompt_tokens", "tokens of prompts, where replies told"),
                                  ("completion", "completion_tokens", "tokens that were generated, where replies told")):
             yield f"sparkctl_{name}_total", "counter", told, [("", labels, count.get(what, 0)) for labels, count in rows]
-        for what, name, told in (("seconds", "request_seconds", "time to the end of a reply"), ("first", "first_byte_seconds", "time to its first byte")):
+        for what, name, told, of in (("seconds", "request_seconds", "time to the end of a reply", rows), ("first", "first_byte_seconds", "time to its first byte", rows),
+                                     ("seconds", "http_request_seconds", "time to answer all other requests, but for those that took as long as they were told to", others)):
             samples = []
-            for labels, count in rows:
+            for labels, count in of:
                 below = list(itertools.accumulate(count.get((what, i), 0) for i in range(len(self.BUCKETS) + 1)))
                 samples += [("_bucket", {**labels, "le": le}, n) for le, n in zip([*map(str, self.BUCKETS), "+Inf"], below)]
                 samples += [("_sum", labels, count.get(what, 0)), ("_count", labels, below[-1])]
@@ -5952,8 +5943,7 @@ class App:
                                  self.warnings.append, self.monitor.observe, self.monitor.black_box)
         self.monitor.manager = self.swaps
         self.webhooks = Webhooks(lambda: store.current.settings, self.hub)
-        self.meter = Meter()
-        self.events.listeners += [self.webhooks.tell, self.meter.listen]
+        self.events.listeners += [self.webhooks.tell, self.activity.listen]
         jobs, schedules, transfers = (Register(os.path.join(data_dir, f"{what}s.json"), what, fields, required, self.hub, self.warnings.append)
                                       for what, fields, *required in (("job", JOB | JOB_STATE, "kind", "cron", "due", "runs"),
                                                                       ("schedule", SCHEDULE, "registered_at"),
@@ -6383,11 +6373,13 @@ class App:
 
     def families(self):
         """What /metrics tells: (name, type, help, samples) each; a value of None is left out."""
-        config, of, own, lease = self.store.current, self.meter.of, resource.getrusage(resource.RUSAGE_SELF), self.swaps.lock_info()
+        config, of, own, lease = self.store.current, self.activity.told, resource.getrusage(resource.RUSAGE_SELF), self.swaps.lock_info()
         with open("/proc/self/statm", encoding="ascii") as f:
             resident = int(f.read().split()[1]) * resource.getpagesize()
-        sparks, slots, seconds = [({"spark": s}, self.monitor.spark(s)) for s in config.sparks], list(self.slots(config)), of("seconds")
-        by = lambda counts, *labels: [("", dict(zip(labels, key)), n) for key, n in counts.items()]
+        # what a Spark that does not answer told before is no news
+        views, slots = [(s, self.monitor.spark(s)) for s in config.sparks], list(self.slots(config))
+        sparks = [({"spark": s}, view if view.state == "ok" else SparkView(view.state)) for s, view in views]
+        by = lambda counts, label: [("", {label: which}, n) for which, n in counts.items()]
         of_spark = lambda value: [("", labels, value(v)) for labels, v in sparks]
         of_slot = lambda value: [("", {"slot": s["name"]}, value(s)) for s in slots]
         known = lambda v: {**(v.ledger or {}), **{k: gb for k, gb in (v.memory or {}).items() if k in ("total_gb", "available_gb")}}
@@ -6399,11 +6391,6 @@ class App:
                 ("process_cpu_seconds_total", "counter", "CPU time of sparkctl, without ssh", [("", {}, own.ru_utime + own.ru_stime)]),
                 ("process_resident_bytes", "gauge", "memory of sparkctl itself", [("", {}, resident)]),
                 ("process_threads", "gauge", "threads of sparkctl itself", [("", {}, threading.active_count())]),
-                ("http_requests_total", "counter", "requests to the page and the API", by(of("request"), "method", "status")),
-                ("http_request_seconds", "histogram", "time to answer them, but for those that waited because they were told to", [
-                    *(("_bucket", {"le": str(most).replace("inf", "+Inf")}, sum(n for (b,), n in seconds.items() if b <= most))
-                      for most in Meter.BOUNDS),
-                    ("_sum", {}, sum(of("seconds_sum").values())), ("_count", {}, sum(seconds.values()))]),
                 ("slot_up", "gauge", "1 while a slot serves", [
                     ("", {"slot": s["name"], "model": s["model"] or s["served_id"] or ""}, s["state"] == "serving") for s in slots]),
                 ("slot_in_flight", "gauge", "requests that are at the engine through sparkctl", of_slot(lambda s: s["in_flight"])),
@@ -6413,10 +6400,10 @@ class App:
                 ("engine_kv_use", "gauge", "share of the KV cache in use", of_slot(lambda s: s["facts"].get("kv_use"))),
                 ("engine_tokens_per_s", "gauge", "tokens made a second", of_slot(lambda s: s["facts"].get("tokens_per_s"))),
                 ("swaps_total", "counter", "swaps that are over", [
-                    ("", {"outcome": end}, of("event").get(("swap_" + end,), 0)) for end in ("complete", "failed", "cancelled")]),
+                    ("", {"outcome": end}, of("event").get("swap_" + end, 0)) for end in ("complete", "failed", "cancelled")]),
                 ("swap_running", "gauge", "1 while a swap runs", [("", {}, bool(self.swaps.book.running))]),
                 ("swap_phase_seconds", "summary", "time that the phases of swaps took", [
-                    ("_" + end, {"phase": phase}, n) for end in ("sum", "count") for (phase,), n in of("phase_" + end).items()]),
+                    ("_" + end, {"phase": phase}, n) for end in ("sum", "count") for phase, n in of("phase_" + end).items()]),
                 ("lock_held", "gauge", "1 while somebody holds the lock", [("", {}, lease["locked"])]),
                 ("lock_queue", "gauge", "who wait for the lock", [("", {}, lease.get("queue", 0))]),
                 ("events_total", "counter", "events", by(of("event"), "kind")),
@@ -6933,6 +6920,8 @@ class Handler(BaseHTTPRequestHandler):
         if r and r.model is not None:
             served = self.server.app.monitor.served.get(r.where)
             row += (r.model, r.where, served[0] if served else "", r.first, r.streams, r.tail)
+        elif r and (r.streams or "wait" in r.query):
+            row += (None,)
         self.server.activity.add(row)
 
     # --- reading
@@ -7064,21 +7053,16 @@ class Handler(BaseHTTPRequestHandler):
         request.query = checked(dict(urllib.parse.parse_qsl(request.raw_query, keep_blank_values=True)), route.query, "the query")
         if route.body is not None:
             request.json = checked(parse_json(request.body), route.body, "the body")
-        began, status = time.monotonic(), 500
-        try:
-            with app.parking() if route.slow else contextlib.nullcontext():
-                status, *answer = route.handler(app, request)
-        except Refused as e:
-            status = e.status
-            raise
-        finally:                                # not how long someone waited who asked to
-            app.meter.request(request.method, status, None if "wait" in request.query else time.monotonic() - began)
-        return self.reply(request, status, *answer)
+        with app.parking() if route.slow else contextlib.nullcontext():
+            answer = route.handler(app, request)
+        return self.reply(request, *answer)
 
     def reply(self, request, status, content, headers=()):
         """Send one reply -> (status, bytes of body). content: bytes, what JSON can hold, or run(send), a stream until it returns."""
         streams, head_only = callable(content), request is not None and request.method == "HEAD"
         self.close_connection |= streams
+        if streams:
+            request.streams = True
         body = b"" if streams else content if isinstance(content, bytes) else to_json(content) + b"\n"
         fields = {"Content-Type": "text/event-stream" if streams else "application/json", **dict(headers),
                   "X-Request-Id": request.id if request else secrets.token_hex(8), "Date": formatdate(usegmt=True),

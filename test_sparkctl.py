@@ -2141,7 +2141,9 @@ def told_names(text):
 
 
 def test_metrics_are_what_an_independent_parser_takes_and_the_readme_names_them(two, looked_at):
-    assert two.swap("alpha").status == 200 and two.get("/nothing").status == 404
+    began = time.monotonic()
+    assert two.swap("alpha").status == 200 and two.get("/nothing").status == 404 and two.call("MAKEUP", "/api/state").status == 405
+    waited = time.monotonic() - began           # of which nothing is in the histogram: it was told to wait
     two.post("/api/swap", {"model": "nothing"})
     until(lambda: (spark_state(two)["spark1"]["ledger"] or {}).get("engines") and serves(two)["facts"].get("running") is not None)
     got = two.get("/metrics")
@@ -2155,7 +2157,9 @@ def test_metrics_are_what_an_independent_parser_takes_and_the_readme_names_them(
         assert values["sparkctl_slot_up", ("model", "alpha"), ("slot", "main")] == 1 and values["sparkctl_swaps_total", ("outcome", "complete")] == 1
         assert values["sparkctl_spark_memory_bytes", ("name", "main"), ("part", "engines"), ("spark", "spark1")] > 18 << 30
         assert values["sparkctl_http_requests_total", ("method", "POST"), ("status", "404")] == 1 and values["sparkctl_swap_phase_seconds_count", ("phase", "loading")] == 1
-        assert values["sparkctl_http_request_seconds_bucket", ("le", "+Inf")] == values["sparkctl_http_request_seconds_count",] > 2
+        assert values["sparkctl_http_request_seconds_bucket", ("le", "+Inf"), ("method", "GET")] == values["sparkctl_http_request_seconds_count", ("method", "GET")] > 2
+        assert values["sparkctl_http_requests_total", ("method", "other"), ("status", "405")] == 1     # clients make up no names of series
+        assert ("sparkctl_http_request_seconds_count", ("method", "POST")) not in values or values["sparkctl_http_request_seconds_sum", ("method", "POST")] < waited
         return
     need(False, "prometheus_client")
 
