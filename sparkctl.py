@@ -1658,28 +1658,29 @@ LIGHT_FILES = "/proc/meminfo /proc/pressure/memory"
 SPARK_FILES = LIGHT_FILES + (" /proc/loadavg /proc/uptime /sys/class/thermal/thermal_zone*/temp /sys/class/net/*/operstate"
                              " /sys/class/net/*/speed /sys/class/infiniband/*/ports/1/state")
 GPU_CELLS = ("utilization.gpu", "power.draw", "temperature.gpu", "clocks.current.sm", "driver_version")
+FAILURES = {124: "hangs", 137: "hangs", 126: "cannot be run", 127: "is not there"}       # exit codes of timeout(1)
 
 
 def spark_script(light=False):
     """One look at a Spark, without root: files as `path:line`, then after `@part` what a program said, `@end` at last.
 
-    Any part may be missing, and a program that hangs is ended. light: memory, pressure and GPU only. It runs every few
-    seconds, hence two greps instead of a cat for each file.
+    Any part may be missing; a program that hangs is ended, and one that fails is told as `@! program exit-code`. light:
+    memory, pressure and GPU only. It runs every few seconds, hence two greps instead of a cat for each file.
     """
-    script = f"""t() {{ timeout -k 1 3 "$@" 2>/dev/null </dev/null; }}
+    script = f"""t() {{ timeout -k 1 3 "$@" 2>&1 </dev/null || echo "@! $1 $?"; }}
 grep -Hs '' {LIGHT_FILES if light else SPARK_FILES}
 echo @gpu; {SMI.format("gpu", ",".join(GPU_CELLS))}
 """
     # a process's container stands in its cgroup's name; anon and shmem are a container's own memory, without page cache
-    return script + ("" if light else f"""a=$({SMI.format("compute-apps", "pid,used_memory")}) && echo @apps && printf '%s\\n' "$a"
+    return script + ("" if light else f"""a=$({SMI.format("compute-apps", "pid,used_memory")}); echo @apps; printf '%s\\n' "$a"
 f=
 while IFS=' ,' read -r p m; do case $p in ''|*[!0-9]*) ;; *) f="$f /proc/$p/cgroup" ;; esac; done <<E
 $a
 E
 c=/sys/fs/cgroup
 echo @groups; grep -HsE 'docker|^(anon|shmem) ' $f $c/system.slice/docker-*.scope/memory.stat $c/docker/*/memory.stat
-echo @docker; t docker ps -a --no-trunc --format '{{{{.ID}}}} {{{{.Names}}}} {{{{.Status}}}}' && echo ok
-echo @df; t df -Pk "${{HF_HOME:-$HOME/.cache/huggingface}}" "$HOME" /
+echo @docker; t docker ps -a --no-trunc --format '{{{{.ID}}}} {{{{.Names}}}} {{{{.Status}}}}'
+echo @df; t df -Pk "${{HF_HOME:-$HOME/.cache/huggingface}}" "$HOME" /var/lib/docker
 """) + "echo @end\nexit 0\n"
 
 
@@ -1701,9 +1702,16 @@ def parse_apps(lines):
 
 
 def parse_spark(out):
-    """spark_script's output -> what the Spark told; None, or nothing, for what it did not. `hangs`: the part it came no further than."""
-    part, parts, files = "files", collections.defaultdict(list), collections.defaultdict(list)
-    for line in out.splitlines()[:20_000]:
+    """spark_script's output -> what the Spark told; None, or nothing, for what it did not.
+
+    `hangs`: the part it came no further than. `failed`: {program: (what of it, its last words)}.
+    """
+    part, parts, files, failed = "files", collections.defaultdict(list), collections.defaultdict(list), {}
+    for line in out.splitlines()[:4000]:
+        if m := re.fullmatch(r"@! (nvidia-smi|docker|df) (\d{1,3})", line, re.ASCII):
+            if m[1] != "df" or int(m[2]) in FAILURES:       # df fails if but one of its paths is not there
+                failed[m[1]] = FAILURES.get(int(m[2]), "fails"), printable(" ".join(parts[part][-1:]), 200)
+            continue
         part = line[1:20] if line.startswith("@") else part
         parts[part] += [] if line.startswith("@") else [line]
     for line in parts["files"] + parts["groups"]:
@@ -1711,26 +1719,27 @@ def parse_spark(out):
         files[path].append(said)
     named = lambda pattern: [(m[1], said) for path, said in files.items() if (m := re.search(pattern + "$", path, re.ASCII))]
     words = lambda pattern: [figure(word) for _, said in named(f"({pattern})") for word in said[0].split()] or [None]
-    gpu = (parts["gpu"] or [""])[0].split(",")
+    gpu = next((cells for line in parts["gpu"] if len(cells := line.split(",")) == len(GPU_CELLS)), [])
     cells = [*map(figure, gpu), *[None] * 4]
     pressure = re.search(r"some avg10=(\d{1,3}\.\d\d)", " ".join(said[0] for _, said in named("(/pressure/memory)")))
     container = r"docker[-/]([0-9a-f]{64})"
-    rows = [line.split(" ", 2) for line in parts["docker"]]
+    rows = filter(None, (re.fullmatch(r"([0-9a-f]{64}) ([\w.-]{1,128}) (.*)", line, re.ASCII) for line in parts["docker"]))
     heat = [t / 1000 for _, said in named("/thermal_zone(.*)/temp") if (t := figure(said[0])) is not None]
-    df = [*map(figure, " ".join(parts["df"][1:2]).split()), *[None] * 4]
+    df = [row for line in parts["df"] if len(row := [*map(figure, line.split())]) > 5 and None not in row[1:4]]
     speeds = dict(named("/net/([^/]*)/speed"))
     return {
         "memory": parse_meminfo(line for _, said in named("(/meminfo)") for line in said),
         "pressure": float(pressure[1]) if pressure else None,
         "gpu": {**dict(zip(("busy", "power_w", "temperature_c", "clock_mhz"), cells)),
-                "driver": printable(gpu[4].strip(), 40)} if len(gpu) == 5 else None,
-        "apps": parse_apps(parts["apps"]) if "apps" in parts else None,
+                "driver": printable(gpu[4].strip(), 40)} if gpu else None,
+        "apps": parse_apps(parts["apps"]) if "apps" in parts and "nvidia-smi" not in failed else None,
         "container_of": {int(pid): m[1] for pid, said in named(r"/(\d{1,10})/cgroup") if (m := re.search(container, " ".join(said)))},
         "container_gb": {name: sum(figure(line.split(" ")[-1]) or 0 for line in said) / GIB
                          for name, said in named(container + r"[^/]*/memory\.stat")},
-        "containers": {row[0]: (row[1], printable(row[2], 200)) for row in rows if len(row) == 3 and re.fullmatch(r"[\w.-]{1,128}", row[1], re.ASCII)} if ["ok"] in rows else None,
+        "containers": {m[1]: (m[2], printable(m[3], 200)) for m in rows} if "docker" in parts and "docker" not in failed else None,
         "load": words("/loadavg")[0], "uptime_s": words("/uptime")[0], "temperature_c": max(heat, default=None),
-        "disk": {"total_gb": round(df[1] / (1 << 20)), "free_gb": round(df[3] / (1 << 20), 1)} if df[1] and df[3] else None,
+        "disk": {"total_gb": round(df[0][1] / (1 << 20)), "free_gb": round(df[0][3] / (1 << 20), 1)} if df else None,
+        "room_gb": min((row[3] / (1 << 20) for row in df), default=None), "failed": failed,
         "links": [{"name": name, "state": printable(said[0], 20), "mbit": figure(speeds.get(name, [""])[0])}
                   for name, said in sorted(named(r"/net/(e[\w.-]{1,15})/operstate"))[:32]],
         "fabric": sum("ACTIVE" in said[0] for _, said in named(r"(/ports/1/state)")), "hangs": None if part == "end" else part}
@@ -1815,21 +1824,16 @@ def repo_dir(repo):
 
 def facts_script(model, slot, config, head):
     """One look at a Spark before a swap: lines `name value`, read by parse_facts. Changes nothing; a part that hangs is left out after 5 s."""
-    lines = ["date +'clock %s.%N'", SESSION_TRAP,
-             "df -Pk \"$HOME\" /var/lib/docker 2>/dev/null | awk 'NR > 1 {print \"disk_kb\", $4}'"]
+    lines = ["date +'clock %s.%N'", SESSION_TRAP]
     if head:
         lines.append(f"awk '$4 == \"0A\" && $2 ~ /:{slot.port:04X}$/ {{print \"listening {slot.port}\"; exit}}' "
                      "/proc/net/tcp /proc/net/tcp6 2>/dev/null")
     if slot.backend == "launch-cluster":
         c = quote_arg(slot.container)
         image = model and f"docker image inspect -f 'image {{{{.Id}}}}' {quote_arg(model.image or LAUNCHER_IMAGE)} 2>/dev/null"
-        lines.append(f"""if t=$(timeout 5 docker ps -a --format '{{{{.Names}}}}' 2>&1); then
-  echo docker ok; printf '%s\\n' "$t" | grep -Fqx -e {c} && echo there yes
-  {ENGINE_ALIVE.replace('{container}', c)} && echo engine alive
-  {image or ":"}
-else
-  [ $? != 124 ] || t="no answer within 5 s"; printf '%s\\n' "$t" | sed -n 's/^/docker /p' | tail -n 1
-fi""")
+        lines.append(f"""docker() {{ timeout 5 docker "$@"; }}
+{ENGINE_ALIVE.replace('{container}', c)} && echo engine alive
+{image or ":"}""")
     if head and slot.backend == "launch-cluster":
         lines.append(f"""if cd {quote_path(config.settings["LAUNCH_DIR"])} 2>/dev/null && [ -x launch-cluster.sh ]; then echo launcher yes
 grep -oE -e '--[a-z][a-z-]+|dispatched in background' launch-cluster.sh | sort -u | sed 's/^/flag /'
@@ -2560,9 +2564,9 @@ def check_launcher(look):
 
 
 def check_docker(look):
-    bad = {h: (f["docker"] or ["no answer"])[-1] for h, f in look.there.items() if look.cluster and f["docker"][:1] != ["ok"]}
+    bad = {h: seen["failed"].get("docker", ("does not answer", "")) for h, seen in look.seen.items() if look.cluster and seen["containers"] is None}
     for host, why in bad.items():
-        yield look.severity(host), f"{host}: {printable(why, 200)}", "start docker, and add the ssh user to the group docker"
+        yield look.severity(host), f"{host}: docker {': '.join(filter(None, why))}", "start docker, and add the ssh user to the group docker"
     if look.cluster and look.there and not bad:
         yield "ok", "answers"
 
@@ -2646,8 +2650,7 @@ def check_weights(look):
 
 
 def check_disk(look):
-    found = {h: [kb for v in look.there[h]["disk_kb"] if (kb := figure(v)) is not None] for h in look.used if h in look.there}
-    left = {h: min(kb) / (1 << 20) for h, kb in found.items() if kb}
+    left = {h: gb for h in look.used if h in look.seen and (gb := look.seen[h]["room_gb"]) is not None}
     for host, gb in left.items():
         if gb < 10:
             yield "fail" if gb < 1 else "warn", f"{host} has {gb:.1f} GB of disk left; vLLM's caches and docker's logs need some", \
@@ -3023,7 +3026,8 @@ class SwapRun:
         if s.model and not (model or s.rollback_of):
             raise Failed("unknown_model", f"{s.model} is not in the catalog any more")
         look, checks = self.m.examine(self.config, self.slot, model, ("flags",) if s.rollback_of else s.skip_checks, self.cancel)
-        self.was_empty = look.head is not None and not (look.probe.served or look.head["there"] or look.head["listening"])
+        there = look.head and self.slot.container in [name for name, _ in (look.seen[self.slot.hosts[0]]["containers"] or {}).values()]
+        self.was_empty = look.head is not None and not (look.probe.served or there or look.head["listening"])
         plan, checks = plan_of(look, checks) if not s.rollback_of else (s.plan, tuple(
             Check("reachable", "fail", f"{host}: {got.kind}", remedy_for(got, self.config.sparks[host]))
             for host, got in look.down.items() if host in s.plan.hosts))
@@ -4876,6 +4880,7 @@ def spark_view(facts, owners, old, light):
     memory, gpu, told = facts["memory"], facts["gpu"], []
     told += [] if "MemTotal" in memory else ["memory unknown"]
     told += [f"{facts['hangs']} hangs on the Spark"] if facts["hangs"] else []
+    told += [f"{program} {what[0]}" for program, what in facts["failed"].items()]
     view = (old if light else SparkView(""))._replace(
         state="ok", detail="answers; " + ", ".join(told) if told else "", remedy="", seen_at=utc(), failures=1 if facts["hangs"] else 0,
         heard=time.monotonic(), gpu=whole(gpu), memory={

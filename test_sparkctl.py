@@ -1814,7 +1814,6 @@ system.slice/docker-{CID}.scope/memory.stat:shmem 1073741824
 @docker
 {CID} vllm_node Up 5 minutes (healthy)
 {"d" * 64} asr Exited (137) 5 seconds ago
-ok
 @df
 Filesystem     1024-blocks     Used Available Capacity Mounted on
 /dev/nvme0n1p2  3844551680 25144072 2812468400      24% /
@@ -1841,7 +1840,11 @@ def test_a_look_at_a_gb10_is_read_whole_and_its_memory_adds_up():
 @pytest.mark.parametrize("change,field,value", [
     (("96, 91.20, 71, 2411", "[N/A], [Not Supported], , 2411"), "gpu", {"busy": None, "power_w": None, "temperature_c": None, "clock_mhz": 2411, "driver": "580.126.09"}),
     (("96, 91.20, 71, 2411, 580.126.09", "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."), "gpu", None),
-    (("ok\n@df", "@df"), "containers", {}),
+    (("@df", "permission denied\n@! docker 1\n@df"), "detail", "answers; docker fails"),
+    (("Up 5 minutes (healthy)", "Up 5 minutes (healthy)\nWARNING: Error loading config file"), "containers", {"vllm_node": "Up 5 minutes (healthy)", "asr": "Exited (137) 5 seconds ago"}),
+    (("96, 91.20, 71, 2411, 580.126.09", "@! nvidia-smi 124"), "detail", "answers; nvidia-smi hangs"),
+    (("96, 91.20, 71, 2411, 580.126.09", "@! nvidia-smi 127"), "detail", "answers; nvidia-smi is not there"),
+    (("@df\n", "@df\ndf: /var/lib/docker: Permission denied\n@! df 1\n"), "disk", {"total_gb": 3666, "free_gb": 2682.2}),
     (("/proc/meminfo:MemTotal:", "/proc/meminfo:Memtotal:"), "ledger", None),
     (("@apps\n4242, 40960\n7, [N/A]\n", ""), "state", "ok"),
     ((GB10[GB10.index("@groups"):], ""), "detail", "answers; apps hangs on the Spark"),
@@ -1880,7 +1883,7 @@ def test_what_an_engine_holds_on_the_gpu_is_in_its_sparks_ledger_and_a_gpu_that_
     assert told["engines"] == {"main": 18.69} and spark_state(two)["spark1"]["gpu"]["power_w"] == 3
     two.rig.control("spark1", "nvidia_hangs")
     hung = until(lambda: (s := spark_state(two)["spark1"])["gpu"] is None and s, 40)
-    assert hung["state"] in ("ok", "stale") and "hangs" not in hung["detail"] and hung["memory"] and two.post("/v1/completions", {"prompt": "hi"}).status == 200
+    assert hung["state"] in ("ok", "stale") and "nvidia-smi hangs" in hung["detail"] and hung["memory"] and two.post("/v1/completions", {"prompt": "hi"}).status == 200
 
 
 class Stub(threading.Thread):
@@ -4956,18 +4959,19 @@ def test_the_need_for_memory_follows_the_knobs():
     assert sc.memory_need_gb(sc.ModelDef("k", "k"), 100, 1)[0] == pytest.approx(92)
 
 
-def seen(total="127600000", available="120000000", driver="580.1", held=(), engine=None, tells=True):
+def seen(total="127600000", available="120000000", driver="580.1", held=(), engine=None, tells=True, room_gb=100.0, docker=None):
     """What parse_spark makes of a Spark; held: {container: GiB}; engine: GiB that vllm_node holds."""
     names = {"c" * 64: "vllm_node", **{f"{i:064x}": name for i, name in enumerate(held, 1)}}
     apps = {i: gb for i, gb in enumerate([engine, *dict(held).values()]) if gb}
     return {**sc.parse_spark(""), "memory": sc.parse_meminfo([f"MemTotal: {total} kB", f"MemAvailable: {available} kB", f"MemFree: {available} kB"]) if tells else {},
-            "gpu": {"driver": driver}, "apps": apps, "container_of": {i: list(names)[i] for i in apps}, "container_gb": {}, "containers": {k: (v, "Up") for k, v in names.items()}}
+            "gpu": {"driver": driver}, "apps": apps, "container_of": {i: list(names)[i] for i in apps}, "container_gb": {}, "containers": None if docker else {k: (v, "Up") for k, v in names.items()},
+            "room_gb": room_gb, "failed": {"docker": docker} if docker else {}}
 
 
 def look(facts=None, model=None, **more):
     """A Look at a healthy pair with nothing running, changed by facts of spark1; what `memory` names is of seen()."""
-    healthy = {"docker": ["ok"], "launcher": ["yes"], "weights": ["/w"], "real": ["/w"], "weights_kb": ["62914560"], "image": ["sha256:aa"],
-               "disk_kb": ["104857600"], "clock": ["1000.1"], "asked": ["1000"], "unsure": ["0.2"],
+    healthy = {"launcher": ["yes"], "weights": ["/w"], "real": ["/w"], "weights_kb": ["62914560"], "image": ["sha256:aa"],
+               "clock": ["1000.1"], "asked": ["1000"], "unsure": ["0.2"],
                "flag": ["--solo", "--name", "dispatched in background"]}
     settings = sc.parse_settings({"SPARK1_HOST": "a", "SPARK2_HOST": "b"})
     slot = sc.Slot("main", ("spark1", "spark2"), 8888, "vllm_node", "launch-cluster")
@@ -4993,7 +4997,8 @@ def test_a_healthy_pair_passes_every_check():
     ({"launcher": ["no"]}, "launcher", "fail", "no executable launch-cluster.sh"),
     ({"flag": ["--solo"]}, "launcher", "fail", "does not know -d exec"),
     ({"env_container": ["'other'"]}, "launcher", "fail", "makes it use other"),
-    ({"docker": ["permission denied"]}, "docker", "fail", "spark1: permission denied"),
+    ({"memory": {"docker": ("fails", "permission denied")}}, "docker", "fail", "spark1: docker fails: permission denied"),
+    ({"memory": {"docker": ("is not there", "")}}, "docker", "fail", "spark1: docker is not there"),
     ({"listening": ["8888"]}, "port", "fail", "something answers on port 8888"),
     ({"listening": ["8888"], "engine": ["alive"]}, "port", "ok", "will be stopped"),
     ({"engine": ["alive"]}, "rollback", "warn", "cannot be restored"),
@@ -5001,8 +5006,8 @@ def test_a_healthy_pair_passes_every_check():
     ({"missing": ["model-2.safetensors"]}, "weights", "fail", "without model-2.safetensors"),
     ({"missing": ["ab.0a1b2c3d.incomplete"]}, "weights", "fail", "still being downloaded"),
     ({"image": []}, "image", "fail", "vllm-node is not on spark1"),
-    ({"disk_kb": ["104857600", "900000"]}, "disk", "fail", "0.9 GB of disk left"),
-    ({"disk_kb": ["5000000"]}, "disk", "warn", "4.8 GB of disk left"),
+    ({"memory": {"room_gb": 0.9}}, "disk", "fail", "0.9 GB of disk left"),
+    ({"memory": {"room_gb": 4.8}}, "disk", "warn", "4.8 GB of disk left"),
     ({"removes_ipc": ["yes"]}, "session", "warn", "RemoveIPC"),
     ({"weights_kb": ["104857600"]}, "memory", "fail", "100.0 GB of weights"),
     ({"memory": {"available": "52428800"}}, "memory", "fail", "needs 73.0 GB"),
@@ -5092,7 +5097,7 @@ def test_what_lowers_a_knob_makes_the_check_pass():
 
 def test_numbers_of_a_spark_may_be_anything():
     for odd in ("abc", "1700000000.N", "²", "9" * 400, "-1", "", "nan"):
-        base = look({"clock": [odd], "disk_kb": [odd], "weights_kb": [odd]})
+        base = look({"clock": [odd], "weights_kb": [odd]})
         assert {c.status for c in sc.evaluate_checks(base)} <= {"ok", "warn", "fail"}
     for out in ('{"verdict": "ok", "said": 1}', "[" * 5000, "{}", ""):
         assert sc.parse_verdict(sc.Result("ok", 0, out, ""))[0] == "unknown"
@@ -5101,7 +5106,7 @@ def test_numbers_of_a_spark_may_be_anything():
 def test_a_clash_of_names_or_a_container_with_an_odd_name_forges_no_number():
     check, = [c for c in sc.evaluate_checks(look({**BIG, "memory": {"held": {"total": 7.0, "x" * 200: 3.0}}})) if c.name == "memory"]
     assert check.numbers["total"] == 121.7 and check.numbers["others"]["total"] == 7.0
-    told = sc.parse_spark("@docker\n" + "a" * 64 + " " + "n" * 200 + " Up\n" + "b" * 64 + " fine Up\n" + "c" * 64 + " \x1b[31m Up\nok\n@end\n")
+    told = sc.parse_spark("@docker\n" + "a" * 64 + " " + "n" * 200 + " Up\n" + "b" * 64 + " fine Up\n" + "c" * 64 + " \x1b[31m Up\n@end\n")
     assert [name for name, _ in told["containers"].values()] == ["fine"]
 
 
@@ -5982,7 +5987,7 @@ def main():
         die("client_loop: send disconnect: Broken pipe")
     if "@gpu" in command and "clock %s" not in command and exists(home + "/glance"):
         # a poll costs a dozen processes; where a test is not about what it tells, it tells of memory only
-        sys.stdout.write("".join("/proc/meminfo:" + line for line in open(home + "/meminfo")) + "@gpu\n@apps\n@groups\n@docker\nok\n@df\n@end\n")
+        sys.stdout.write("".join("/proc/meminfo:" + line for line in open(home + "/meminfo")) + "@gpu\n@apps\n@groups\n@docker\n@df\n@end\n")
         return 0
 
     env = {"HOME": home + "/home", "USER": user, "LOGNAME": user, "SHELL": "/bin/sh", "LANG": "C.UTF-8",
