@@ -608,9 +608,12 @@ class Cancelled(Exception):
     """The running swap was told to stop."""
 
 
-def run_process(argv, timeout_s, cancel=None):
-    """Run a program to its end -> Result: ok, failed or time_out. Raises OSError if it cannot start, Cancelled once cancel is set."""
-    deadline, read = time.monotonic() + timeout_s, {"out": bytearray(), "err": bytearray()}
+def run_process(argv, timeout_s, cancel=None, send=None):
+    """Run a program to its end -> Result: ok, failed or time_out. Raises OSError if it cannot start, Cancelled once cancel is set.
+
+    send(pipe, line) is given what it says on out and err as it comes; what it does not take of err is in the Result.
+    """
+    deadline, read, rests = time.monotonic() + timeout_s, {"out": bytearray(), "err": bytearray()}, {"out": b"", "err": b""}
     process = spawn(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         with selectors.DefaultSelector() as ready:
@@ -618,8 +621,13 @@ def run_process(argv, timeout_s, cancel=None):
             ready.register(process.stderr, selectors.EVENT_READ, "err")
             while ready.get_map():
                 for key, _ in ready.select(min(0.1, max(0.0, deadline - time.monotonic()))):
-                    chunk = os.read(key.fd, 65536)
-                    read[key.data] += chunk
+                    pipe, chunk = key.data, os.read(key.fd, 65536)
+                    *lines, rest = (rests[pipe] + (chunk or b"\n" * bool(rests[pipe]))).split(b"\n") if send else (b"",)
+                    rests[pipe] = rest if len(rest) <= 1 << 20 else b""
+                    for line in lines:
+                        if not send(pipe, line.decode("utf-8", "replace")) and pipe == "err":
+                            read["err"] += line + b"\n"
+                    read[pipe] += b"" if send else chunk
                     if not chunk:
                         ready.unregister(key.fileobj)
                 if cancel and cancel.is_set():
@@ -659,51 +667,29 @@ class Hosts:
     def argv(self, spark, script):
         return ["sh", "-c", script] if spark.local else [*ssh_argv(spark, self.control_dir), "sh -c " + quote_arg(script)]
 
-    def run(self, name, script, timeout_s, cancel=None):
+    def run(self, name, script, timeout_s, cancel=None, send=None):
         """Run script on the Spark of that name, or on that Spark -> Result. Never raises for what the Spark does; Cancelled once cancel is set."""
         spark = name if isinstance(name, Spark) else self.sparks[name]
-        result = self._run_once(spark, script, timeout_s, cancel)
+        result = self.run_once(spark, script, timeout_s, cancel, send)
         # A shared connection that is stale or frozen is torn down. A socket whose master died is replaced by ssh itself;
         # a master that answers oddly, or a session that ended without a word because the master was told to exit
         # meanwhile, deserves one more try: every script of ours may be run twice without harm.
         stale = result.kind == "unreachable" and re.search(r"mux_client_\w+: |without a word", result.err)
-        frozen = result.kind == "time_out" and not spark.local and self._run_once(spark, "true", 5, cancel).kind != "ok"
+        frozen = result.kind == "time_out" and not spark.local and self.run_once(spark, "true", 5, cancel, None).kind != "ok"
         if frozen or stale and "mux" in result.err:
             self.reset(spark)
-        return self._run_once(spark, script, timeout_s, cancel) if stale else result
+        return self.run_once(spark, script, timeout_s, cancel, send) if stale else result
 
-    def _run_once(self, spark, script, timeout_s, cancel):
+    def run_once(self, spark, script, timeout_s, cancel, send):
+        """Like run(), which see, and not a second time whatever happens."""
         try:
-            got = run_process(self.argv(spark, script), timeout_s, cancel)
+            got = run_process(self.argv(spark, script), timeout_s, cancel, send)
         except OSError as e:
             return Result("unreachable", -1, "", f"{e.filename}: {e.strerror}; install openssh-client")
         if got.code == 255 and not spark.local:
             kind, line, _ = classify_ssh_failure(got.err)
             return got._replace(kind=kind, err=got.err if "mux_client" in got.err else line)
         return got
-
-    def stream(self, spark, script, send, gone):
-        """Pass on what script says, line by line and made printable, until it ends or gone() -> why it ended, "" for no reason."""
-        process, rest = spawn(self.argv(spark, script), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE), b""
-        try:
-            poll = select.poll()                # unlike select() it takes descriptors above 1023
-            poll.register(process.stdout)
-            while not gone():
-                if poll.poll(500):
-                    chunk = os.read(process.stdout.fileno(), 65536)
-                    *lines, rest = (rest + (chunk or b"\n")).split(b"\n")
-                    send(b"".join(printable(line.decode("utf-8", "replace")).encode() + b"\n" for line in lines if chunk or line))
-                    rest = rest[:1 << 16]
-                    if not chunk:
-                        try:
-                            code = process.wait(5)
-                        except subprocess.TimeoutExpired:
-                            return "it said its last and did not end"
-                        said = process.stderr.read(1 << 20).decode("utf-8", "replace")
-                        return classify_ssh_failure(said)[1] if code == 255 else f"exit code {code}" if code else ""
-            return ""
-        finally:
-            end_process(process)
 
     def reset(self, spark):
         """Drop the shared connection: ask its master to exit, and unlink the socket if it does not."""
@@ -1151,6 +1137,7 @@ class Kind(NamedTuple):
     real: Callable = lambda facts: ()       # real requests: (path, body, None = GET, what its JSON answer has); one that is known there
     key: str = ""                           # the setting with its key
     base: str = ""                          # where its OpenAI API begins
+    busy: str = "unknown"                   # what a 503 to its health check means
 
 
 def silent_second(facts):
@@ -1176,8 +1163,8 @@ KINDS = {
     "tts": Kind("/health", ("/v1/audio/voices",), VOICES, lambda facts: (SPEAK(facts),), base="/v1"),
     "embeddings": Kind("/health", ("/info", "/v1/models"), MODEL, lambda facts: (EMBED(facts),), base="/v1"),
     "qdrant": Kind("/readyz", ("/collections",), lambda doc: {"collections": [c["name"] for c in doc["result"]["collections"]]},
-                   lambda facts: (("/collections", None, "result"),), "QDRANT_API_KEY"),
-    "nim": Kind("/v1/health/ready", ("/v1/models",), MODEL, lambda facts: (CHAT(facts),), base="/v1"),
+                   lambda facts: (("/collections", None, "result"),), "QDRANT_API_KEY", busy="loading"),
+    "nim": Kind("/v1/health/ready", ("/v1/models",), MODEL, lambda facts: (CHAT(facts),), base="/v1", busy="loading"),
     "open-webui": Kind("/health", ("/api/version",), lambda doc: {"version": doc["version"]}), "http": Kind("/")}
 BUILTINS = (("parakeet", "asr", 8001), ("kokoro", "tts", 8880), ("embeddings", "embeddings", 8010),
             ("qdrant", "qdrant", 6333), ("nim", "nim", 9000), ("open-webui", "open-webui", 3000))
@@ -1613,7 +1600,8 @@ def logs_script(container, tail, follow):
     # a byte a second on stderr tells the script, by SIGPIPE, that nobody reads it any more
     c, ask = quote_arg(container), f"docker logs --tail {int(tail)}"
     there = f"docker inspect {c} >/dev/null || exit 1\n"
-    return there + (f"""timeout 3600 {ask} -f {c} 2>&1 &
+    return there + (f"""echo '-- the log of' {c}
+timeout 3600 {ask} -f {c} 2>&1 &
 p=$!
 bye() {{ kill "$p" 2>/dev/null; exit 0; }}
 trap bye PIPE HUP TERM INT
@@ -1882,6 +1870,7 @@ class Probe(NamedTuple):
 
 
 TLS = functools.cache(ssl.create_default_context)       # reads the system's certificates once
+EMPTY = ("connection refused", "stopped")       # by these details a silent port is known to have no engine
 
 
 class Endpoint(NamedTuple):
@@ -1932,6 +1921,17 @@ def endpoint_of(place, hosts, settings):
     return Endpoint(hosts.address(place.hosts[0]), place.port, settings["VLLM_API_KEY"])
 
 
+def why_silent(e):
+    """(state of a service, why) of what was raised when it was asked."""
+    if getattr(e, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return "unknown", "sparkctl itself ran out of file descriptors or memory"
+    return next((told for kind, *told in (
+        (ConnectionRefusedError, "down", "connection refused"), (TimeoutError, "unreachable", "no answer in time"),
+        (ssl.SSLCertVerificationError, "unknown", "nobody vouches for its certificate"), (ssl.SSLError, "unknown", "what answers is not HTTPS"),
+        (socket.gaierror, "unreachable", "its name is not known"), ((ConnectionError, http.client.RemoteDisconnected), "down", "hangs up"),
+        (OSError, "unreachable", "no answer"), (Exception, "unknown", "what answers is not HTTP")) if isinstance(e, kind)))
+
+
 def probe_vllm_endpoint(endpoint, timeout_s=2.0):
     """Ask an engine /health, then /v1/models -> Probe. Never raises; takes twice timeout_s at most."""
     # vLLM refuses connections until it is ready, answers /health 503 only when its engine is dead, and guards /v1
@@ -1945,12 +1945,11 @@ def probe_vllm_endpoint(endpoint, timeout_s=2.0):
             return Probe("foreign", detail="/v1/models refuses our key: set VLLM_API_KEY to the engine's key")
         cards = json.loads(body)["data"] if status_models == 200 else None
         served = tuple(printable(str(card["id"]), 300) for card in cards[:64]) if cards else ()
-        return Probe("serving", served) if status == 200 and served else Probe("foreign", served, f"/health says {status}")
+        said = f"/health says {status}" if status != 200 else f"/v1/models says {status_models}" if status_models != 200 else "it serves no model"
+        return Probe("serving", served) if status == 200 and served else Probe("foreign", served, said)
     except (OSError, http.client.HTTPException) as e:
-        if getattr(e, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            return Probe("unknown", detail="sparkctl itself ran out of file descriptors or memory")
-        told = {ConnectionRefusedError: "connection refused", TimeoutError: "no answer in time"}
-        return Probe("silent", detail=told.get(type(e), "no answer"))
+        state, why = why_silent(e)
+        return Probe("unknown" if state == "unknown" else "silent", detail=why)
     except (ValueError, KeyError, TypeError, RecursionError):
         return Probe("foreign", detail="what answers is not a vLLM")
 
@@ -1963,16 +1962,6 @@ def service_place(service, hosts, settings):
     place = urllib.parse.urlsplit(service.url)
     tls = place.scheme == "https"
     return Endpoint(place.hostname, place.port or (443 if tls else 80), key, tls), place.path.rstrip("/")
-
-
-def why_silent(e):
-    """(state of a service, why) of what was raised when it was asked."""
-    if getattr(e, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-        return "unknown", "sparkctl itself ran out of file descriptors or memory"
-    told = {ConnectionRefusedError: ("down", "connection refused"), TimeoutError: ("unreachable", "no answer in time"),
-            ssl.SSLCertVerificationError: ("unknown", "nobody vouches for its certificate"),
-            ConnectionResetError: ("down", "hangs up"), http.client.RemoteDisconnected: ("down", "hangs up")}
-    return told.get(type(e), ("unreachable", "no answer") if isinstance(e, OSError) else ("unknown", "what answers is not HTTP"))
 
 
 def probe_service(service, endpoint, path="", timeout_s=3.0):
@@ -1989,7 +1978,8 @@ def probe_service(service, endpoint, path="", timeout_s=3.0):
     clean = lambda value: [printable(str(item), 100) for item in value[:100]] if isinstance(value, list) else printable(str(value), 200)
     try:
         status, _ = endpoint.request("GET", path + service.health, timeout_s=timeout_s)
-        state, detail = {200: "serving", 503: "loading"}.get(status, "unknown"), "" if status == 200 else f"{service.health} says {status}"
+        well = 200 <= status < 300
+        state, detail = "serving" if well else kind.busy if status == 503 else "unknown", "" if well else f"{service.health} says {status}"
         for ask in kind.ask:
             status, body = endpoint.request("GET", path + ask, timeout_s=timeout_s)
             # JSON of another shape tells nothing
@@ -2001,15 +1991,21 @@ def probe_service(service, endpoint, path="", timeout_s=3.0):
     return state, detail, facts
 
 
-def ask_for_work(service, endpoint, path, facts, timeout_s):
-    """One real request to a service -> how it answered. Raises Refused 502, and what Endpoint.request raises."""
-    for ask, body, has in KINDS[service.kind].real(facts) or ((service.health, None, ""),):
-        status, said = endpoint.request("GET" if body is None else "POST", path + ask, body, timeout_s)
-        if status not in (404, 405):
+def ask_for_work(kind, endpoint, path, facts, timeout_s, health=""):
+    """One real request to a service of that kind -> how it answered. Raises Refused 502."""
+    told = ""
+    for ask, body, has in KINDS[kind].real(facts) or ((health, None, ""),):
+        try:
+            status, said = endpoint.request("GET" if body is None else "POST", path + ask, body, timeout_s)
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            raise Refused(502, "unhealthy", why_silent(e)[1]) from None
+        with contextlib.suppress(ValueError, TypeError, RecursionError):        # not JSON, or no mapping
+            if 200 <= status < 300 and (has in json.loads(said) if has else said or body is None):
+                return f"{ask} answered"
+        told = told or f"{ask} says {status}" + (" and not what it should" if 200 <= status < 300 else "")
+        if status not in (400, 404, 405, 501):              # by which a vLLM tells that its model does other work
             break
-    if status != 200 or has and has not in json.loads(said) or body is not None and not said:
-        raise Refused(502, "unhealthy", f"{ask} says {status}" + ("" if status != 200 else " and not what it should"))
-    return f"{ask} answered"
+    raise Refused(502, "unhealthy", told)
 
 
 class Vitals(NamedTuple):
@@ -2890,44 +2886,32 @@ class Follower:
 
     def _read_once(self):
         """Why the connection ended; None when closed, or when the engine is dead."""
-        self._resumed, self._skip = self._since, self._seen_at
+        self._resumed, self._skip, self._beat_at, self._dead = self._since, self._seen_at, time.monotonic(), False
         spark = self._hosts.sparks[self._spark]
-        process = spawn(self._hosts.argv(spark, follow_script(self._plan, self._since)),
-                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        rests, last_beat, tail = {"out": b"", "err": b""}, time.monotonic(), ""
+        over = types.SimpleNamespace(is_set=lambda: self._dead or self._closed.is_set() or time.monotonic() - self._beat_at > 6)
         try:
-            with selectors.DefaultSelector() as ready:
-                ready.register(process.stdout, selectors.EVENT_READ, "out")
-                ready.register(process.stderr, selectors.EVENT_READ, "err")
-                while ready.get_map():
-                    for key, _ in ready.select(0.2):
-                        chunk = os.read(key.fd, 65536)
-                        if not chunk:
-                            ready.unregister(key.fileobj)
-                        *lines, rest = (rests[key.data] + (chunk or b"\n")).split(b"\n")
-                        rests[key.data] = rest if len(rest) <= 1 << 20 else b""
-                        for line in (line.decode("utf-8", "replace") for line in lines):
-                            if key.data == "out":
-                                self._line(line, self._plan.backend == "launch-cluster")
-                            elif line == "beat":
-                                last_beat = time.monotonic()
-                                if self._lost:
-                                    self._put("back", "")
-                                self._lost = False
-                            elif line.startswith("dead"):
-                                self._put("dead", line[5:].strip())
-                                return None
-                            else:
-                                tail = (tail + line + "\n")[-4000:]
-                    if self._closed.is_set():
-                        return None
-                    if time.monotonic() - last_beat > 6:
-                        if not spark.local:
-                            self._hosts.reset(spark)
-                        return "no sign of life for 6 s"
-            return classify_ssh_failure(tail)[1]
-        finally:
-            end_process(process)
+            got = self._hosts.run_once(spark, follow_script(self._plan, self._since), math.inf, over, self._take)
+            return "it ended" if got.kind == "ok" else why_not(got)
+        except Cancelled:
+            if self._dead or self._closed.is_set():
+                return None
+            if not spark.local:
+                self._hosts.reset(spark)
+            return "no sign of life for 6 s"
+
+    def _take(self, pipe, line):
+        """Whether a line is the engine's or the script's; else it is ssh's."""
+        if pipe == "out":
+            self._line(line, self._plan.backend == "launch-cluster")
+        elif line == "beat":
+            self._beat_at = time.monotonic()
+            if self._lost:
+                self._put("back", "")
+            self._lost = False
+        elif line.startswith("dead"):
+            self._put("dead", line[5:].strip())
+            self._dead = True
+        return pipe == "out" or line == "beat" or self._dead
 
     def _line(self, line, stamped):
         if stamped and (m := self.STAMP.match(line)):
@@ -2979,6 +2963,7 @@ class SwapRun:
         self.hidden = config.models[s.model].secrets() if s.model in config.models else ()      # what no log line may hold
         self.phase, self.phase_at = "", 0.0     # the phase being performed, and since when (monotonic), by this process
         self.was_empty = False              # nothing was there to stop, so no memory has to come back
+        self.down = set()                   # Sparks that did not answer when they were checked
         self.follower = None
         self.heard = Signal("none")         # the log's last word on progress
         self.cause = self.dead = None       # the fatal line nearest to the root; how the engine's process ended ("": not known)
@@ -3027,6 +3012,7 @@ class SwapRun:
             raise Failed("unknown_model", f"{s.model} is not in the catalog any more")
         look, checks = self.m.examine(self.config, self.slot, model, ("flags",) if s.rollback_of else s.skip_checks, self.cancel)
         there = look.head and self.slot.container in [name for name, _ in (look.seen[self.slot.hosts[0]]["containers"] or {}).values()]
+        self.down = set(look.down)
         self.was_empty = look.head is not None and not (look.probe.served or there or look.head["listening"])
         plan, checks = plan_of(look, checks) if not s.rollback_of else (s.plan, tuple(
             Check("reachable", "fail", f"{host}: {got.kind}", remedy_for(got, self.config.sparks[host]))
@@ -3074,18 +3060,21 @@ class SwapRun:
 
         def run(hosts, script, most=1e9):
             return self.m.hosts.each(hosts, lambda host: self.on(host, script, max(1.0, min(most, deadline - time.monotonic()))))
+        hosts = [host for host in place.hosts if host in needed or host not in self.down]
+        for host in set(place.hosts) - set(hosts):
+            self.log.add(f"warning: {host} did not answer, so nothing is stopped there")
         if cluster:
             # the last lines of the engine's log die with its container, so they are kept
             got = run([head], f"docker inspect {c} >/dev/null 2>&1 && docker logs -t --tail 5000 {c} 2>&1 | tail -c 4000000", 10)[head]
             if got.kind == "ok" and got.out.strip():
                 with contextlib.suppress(OSError):
                     write_atomic(os.path.join(self.m.dir, self.id + ".engine.log"), got.out.encode())
-            run(place.hosts, retire_script(place.container), 20)
+            run(hosts, retire_script(place.container), 20)
             # half of the time at most: what the launcher leaves is removed below all the same
             got = run([head], place.stop, self.config.settings["SWAP_STOP_TIMEOUT"] / 2)[head]
             if got.kind != "ok":
                 self.log.add(f"launch-cluster.sh stop: {got.kind}: {got.err.strip()[-300:] or got.out.strip()[-300:]}")
-        for host, got in run(place.hosts, remove_script(place.container) if cluster else place.stop).items():
+        for host, got in run(hosts, remove_script(place.container) if cluster else place.stop).items():
             why = f"the container {place.container} is still there" if got.code == 4 else got.kind.replace("_", " ")
             what = f"{host}: {why} {got.err.strip()[-200:]}"
             if got.kind == "failed" and not cluster:    # `docker rm -f` of nothing, say: whether it is gone is seen below
@@ -3146,8 +3135,7 @@ class SwapRun:
             raise Failed("launch_timeout", f"the launcher did not end within {limit:g} s (SWAP_LAUNCH_TIMEOUT)",
                          "run its command by hand and see where it hangs")
         if not got.reached:
-            raise Failed("unreachable", f"{head}: {got.kind.replace('_', ' ')}: {got.err.strip()[-200:]}",
-                         remedy_for(got, self.config.sparks[head]))
+            raise Failed("unreachable", f"{head}: {why_not(got)}", remedy_for(got, self.config.sparks[head]))
         cause = min((c for c in map(classify_log_line, lines) if c.kind == "fatal"), key=lambda c: c.rank, default=None)
         if cause:                           # the launcher ends with 0 whatever docker said
             raise Failed(cause.code, f"launch failed: {cause.text}", cause.remedy)
@@ -3476,16 +3464,30 @@ class Arbiter:
             raise Refused(409, "lock_lost", "the lock of this token is over: take the lock again")
         raise self.held_locked(423, "swap_locked")
 
-    def permit(self, token, force, what, client):
-        """Ask for the right to do what is no swap, at this moment. Raises Refused 423, or 409 while a swap runs, unless forced."""
+    @contextlib.contextmanager
+    def holding(self, token, force, what, client, ttl=150):
+        """The right to do what is no swap, and the lock while it is done: the caller's, or else one of its own.
+
+        Raises Refused 423, or 409 while a swap runs, unless forced.
+        """
+        ours = types.SimpleNamespace(holder=what, ttl=ttl, note="", client=client, swap="", told=True, lease=None)
         with self._changing() as news:
             self._settle_locked(news)
-            overridden, running = self.right_locked(token, force)[1], self.book.running
+            (lease, overridden), running = self.right_locked(token, force), self.book.running
             if running and not force:
                 said = f"a swap to {running.model or 'nothing'} is running on {running.slot}"
                 raise Refused(409, "swap_running", said, swap=running.id, phase=running.phase)
             if overridden:
-                news.append(("lock_override", f"{client} overrode the lock of {overridden.holder} for {what}", overridden.facts(client)))
+                news.append(("lock_override", f"{client} overrode the lock of {overridden.holder} for a {what}", overridden.facts(client)))
+            elif lease is None:
+                self._grant_locked(ours, news)
+            elif lease.left() < ttl:
+                self._commit_locked(self.book.replace(lease=lease.extended(ttl)))
+        try:
+            yield
+        finally:
+            if ours.lease:
+                self.end_lease(ours.lease.fence, "it is over")
 
     # --- Idempotency-Keys
 
@@ -3592,6 +3594,8 @@ class SwapManager(Arbiter):
         used = slot.hosts if model is None or model.mode == "cluster" else slot.hosts[:1]
 
         def gather(host):
+            if (got := self.hosts.run(host, "exit 0", 5, cancel)).kind != "ok":     # all of it may take longer, but not to begin
+                return got
             began = time.time()
             got = self.hosts.run(host, facts_script(model if host in used else None, slot, config, host == slot.hosts[0]), 25, cancel)
             (facts, seen), half = parse_facts(got.out), (time.time() - began) / 2
@@ -4918,10 +4922,10 @@ class History:
                 del self._rings[key]            # renamed, or gone from the file
 
     def read(self, now, minutes):
-        """{what: {name: {"at": […], field: […], of a Spark also "hours"}}}, by the minute where the looks do not reach back so far."""
+        """{"minutes", what: {name: {"at": […], field: […], of a Spark also "hours"}}}, by the minute where the looks do not reach back so far."""
         with self._lock:
             rings = {key: (list(ring[0]), list(ring[1])) for key, ring in self._rings.items()}
-        told = {what: {} for what in self.FIELDS}
+        told = {"minutes": minutes, **{what: {} for what in self.FIELDS}}
         for (what, name), (looks, by_minute) in rings.items():
             since = now - 60 * minutes
             fine = minutes <= 60 and (len(looks) < 720 or looks[0][0] <= since)
@@ -5013,8 +5017,7 @@ class Monitor:
 
     def facts(self, key):
         """What a vLLM told of its work; key: slot-NAME or service-NAME."""
-        vitals = self._vitals.get(key)
-        return vitals.facts if vitals else {}
+        return getattr(self._vitals.get(key), "facts", {})
 
     def services(self, config):
         """The services that have a tile: configured, or built in and once seen answering; none that is disabled."""
@@ -5045,27 +5048,31 @@ class Monitor:
             self._events.add("engine_wedged" if wedged else "engine_recovered", f"{name} ({probe.served[0]}) {said}", slot=name)
         elif foreign and old and old.probe.state in ("serving", "wedged"):
             now = probe.served[0] if probe.served else "nothing"
-            self._events.add("model_changed" if probe.served else "model_lost",
-                             f"{name} served {old.probe.served[0]} and now {now}, without a swap", slot=name, model=now)
+            self._events.add("model_changed" if probe.served else "model_lost", f"{name} served {old.probe.served[0]} and now {now}"
+                             + (f" ({probe.detail})" if probe.detail else "") + ", without a swap", slot=name, model=now)
         self._hub.bump()
 
-    def _rest(self, pause=lambda poll: poll):
-        """Wait for the next look; a change of POLL_SECONDS counts at once."""
+    def _rest(self, pause=lambda poll: poll, early=lambda: False):
+        """Wait for the next look, or until early(); a change of POLL_SECONDS counts at once."""
         began = time.monotonic()
         while (left := began + pause(self._store.settings["POLL_SECONDS"]) - time.monotonic()) > 0 and not self._closing.wait(min(1.0, left)):
-            pass
+            if early():
+                return
 
     def _look_at_slot(self, name):
         """One look at a slot, unless a swap is at it; then wait for the next."""
         config, before = self._store.current, self.manager.mark(name)
         slot = config.layout.slots.get(name)
         if slot is None:                        # gone from the file; it may come back
+            self._vitals.pop("slot-" + name, None)
             with self._lock:
                 self._slots.pop(name, None)
                 self._publish_locked(name, ())
         elif before[0] is None:
             endpoint = endpoint_of(slot, self._hosts, config.settings)
             probe = probe_vllm_endpoint(endpoint)
+            if probe.detail == "no answer in time" and self.slot(name).probe.served:        # who reads a long prompt may be slow to say so
+                probe = probe_vllm_endpoint(endpoint, 8.0)
             self._ask_vitals("slot-" + name, endpoint, probe.state == "serving")
             if probe.state == "serving" and self._is_wedged(slot, endpoint, probe):
                 probe = Probe("wedged", probe.served, "requests run, no token comes, and one that was asked for did not come; "
@@ -5087,15 +5094,15 @@ class Monitor:
             self._vitals.pop(key, None)
 
     def _is_wedged(self, slot, endpoint, probe):
-        """Whether requests run, no token comes, no Spark works, and a request of ours fails too. Once wedged, until a token comes."""
+        """Whether requests run, no token comes, no Spark works, and a request of ours fails too; once wedged, until a token comes."""
         vitals, plan = self._vitals.get("slot-" + slot.name), self.manager.book.slots.get(slot.name)
         power = [self.spark(host).gpu["power_w"] or 0 for host in slot.hosts if self.spark(host).gpu]
-        if vitals is None or vitals.frozen < WEDGE_LOOKS or max(power, default=0) >= WEDGE_W:
+        was, frozen, facts = self.slot(slot.name).probe.state == "wedged", vitals.frozen if vitals else 0, vitals.facts if vitals else {}
+        came = facts.get("tokens_per_s") or facts.get("prompt_tokens_per_s")
+        if came or not was and (frozen < WEDGE_LOOKS or max(power, default=0) >= WEDGE_W):
             return False
-        if self.slot(slot.name).probe.state == "wedged":
-            return True
         try:
-            return endpoint.request("POST", *warm_request(probe.served[0], bool(plan and plan.pooling)), WEDGE_CANARY_S)[0] >= 500
+            return was and frozen > 0 or endpoint.request("POST", *warm_request(probe.served[0], bool(plan and plan.pooling)), WEDGE_CANARY_S)[0] >= 500
         except (OSError, ValueError, http.client.HTTPException) as e:
             return isinstance(e, TimeoutError)              # anything else is an engine that ends: the next look tells
 
@@ -5108,13 +5115,13 @@ class Monitor:
             (s.host, s.port) for s in config.layout.services.values() if s.configured}
         if hidden or not service.configured and (service.host, service.port) in taken:
             self._services.pop(name, None)
+            self._vitals.pop("service-" + name, None)
             self._publish_service(name, ())
             return self._rest()
         endpoint, path = service_place(service, self._hosts, config.settings)
         state, detail, facts = probe_service(service, endpoint, path)
-        if service.kind == "vllm":
-            self._ask_vitals("service-" + name, endpoint, state == "serving")
-            self._publish_service(name, tuple(facts.get("names", ())) if not endpoint.tls and not path else ())
+        self._ask_vitals("service-" + name, endpoint, service.kind == "vllm" and state == "serving")
+        self._publish_service(name, tuple(facts.get("names", ())) if not endpoint.tls and not path else ())
         if old or service.configured or state == "serving" and (facts or not KINDS[service.kind].ask):
             box = self.spark(service.host).containers.get(service.container) if service.host else None
             detail += f"; docker says of {service.container}: {box}" if box and state != "serving" else ""
@@ -5132,7 +5139,7 @@ class Monitor:
     def _look_at_spark(self, name):
         """One look at a Spark; then wait for the next: during a swap a second, when it is dead more and more."""
         config, old, swap = self._store.current, self.spark(name), self._swap_at(name)
-        poll, box = config.settings["POLL_SECONDS"], self._boxes.get(name, Box(""))
+        box = self._boxes.get(name, Box(""))
         light = swap is not None and box.swap == swap and old.state == "ok"
         got = self._hosts.run(name, spark_script(light), 10 if swap else 15)
         facts = parse_spark(got.out)
@@ -5151,10 +5158,7 @@ class Monitor:
             self._hub.bump()
         if old.state not in ("unknown", view.state) and (old.state, view.state) != ("stale", "ok"):
             self._events.add("spark_" + view.state, f"{name} is {view.state}" + (f": {view.detail}" if view.detail else ""), spark=name)
-        until = time.monotonic() + (1 if swap else pause_after(poll, view.failures))
-        while not self._closing.wait(max(0.0, min(1.0, until - time.monotonic()))) and time.monotonic() < until:
-            if swap is None and self._swap_at(name) or self._store.settings["POLL_SECONDS"] < poll:     # it begins: look at once
-                return
+        self._rest(lambda poll: 1 if swap else pause_after(poll, view.failures), lambda: swap is None and self._swap_at(name))
 
     def _swap_at(self, name):
         """The id of the swap that is at work on a Spark, or None."""
@@ -5714,6 +5718,7 @@ def relay(client, request, pool, endpoint, head, feed, sent, close):
 # and never see the socket, except the two that stream.
 
 HEAD_MAX, FIELDS_MAX = 32 << 10, 100
+TEXT = {"Content-Type": "text/plain; charset=utf-8"}
 CONNECTIONS_MAX, PARKED_MAX = 512, 384      # of these held, long-polling or streaming a log: /api always finds a thread
 HEAD_S, BODY_S, IDLE_S, LINGER_S = 10.0, 60.0, 75.0, 2.0
 
@@ -5920,19 +5925,18 @@ def exposure(bind, key, root, allow_root=True):
     return told, refused
 
 
-def ask_all(asks):
-    """[(facts, ask)]: every ask(), which limits its own time, at once -> {facts, ok, seconds, detail} each."""
+def ask_all(what, asks):
+    """[(facts, ask)]: every ask(), which limits its own time, at once -> {ok, what: [{facts, ok, seconds, detail}]}."""
     def answer(facts, ask):
         began, ok, more = time.monotonic(), False, {}
         try:
             detail, ok = ask(), True
         except Refused as e:
             detail, more = str(e), {k: v for k, v in e.details.items() if v}
-        except (OSError, ValueError, TypeError, RecursionError, http.client.HTTPException) as e:
-            detail = why_silent(e)[1]
         return {**facts, "ok": ok, "seconds": round(time.monotonic() - began, 3), "detail": detail, **more}
     with ThreadPoolExecutor(max(1, len(asks))) as pool:
-        return list(pool.map(answer, *zip(*asks))) if asks else []
+        rows = list(pool.map(answer, *zip(*asks))) if asks else []
+    return {"ok": all(row["ok"] for row in rows), what: rows}
 
 
 class App:
@@ -5994,7 +5998,7 @@ class App:
             served = view.probe.served[0] if view.probe.served else None
             model = config.find(served) if served else None
             state = {"serving": "serving", "silent": "empty", "loading": "wedged", "wedged": "wedged"}.get(view.probe.state, "unknown")
-            if view.probe.detail.startswith("no answer") or self.monitor.spark(slot.hosts[0]).state == "unreachable" and state == "empty":
+            if state == "empty" and (view.probe.detail not in EMPTY or self.monitor.spark(slot.hosts[0]).state == "unreachable"):
                 state = "unknown"
             if running and running.slot == slot.name and running.holds:
                 state = "swapping"
@@ -6274,6 +6278,13 @@ class App:
         s = self.swaps.get(swap_id)
         return s.phase in TERMINAL and not (s.rollback_id and self.swaps.get(s.rollback_id).phase not in TERMINAL)
 
+    def on_spark(self, spark, code, what, script, timeout_s, cancel=None, send=None):
+        """Run a script on a Spark for a client. Raises Refused 502 or 504 that tells why what was asked for failed, and what to do."""
+        take = lambda pipe, line: pipe == "out" and send(printable(line).encode() + b"\n")
+        got = self.hosts.run(spark, script, timeout_s, cancel, send and take)
+        if got.kind != "ok":
+            raise Refused(504 if got.kind == "time_out" else 502, code, f"{what}{why_not(got)}", remedy=remedy_for(got, spark))
+
     def contained(self, config, name):
         """The service of that name, which runs in a container. Raises Refused 404, 409."""
         service = entry_of(self.monitor.services(config), "service", name)
@@ -6281,21 +6292,22 @@ class App:
             raise Refused(409, "no_container", f"{name} has no host and container in services-overrides.yaml")
         return service
 
-    def restart(self, name, client, token="", force=False):
-        """Restart the container of a service -> what was done. Raises Refused 404, 409, 423, 502, 504."""
+    def restart(self, name, client, token="", force=False, send=None):
+        """Restart the container of a service, under the lock -> what was done. Raises Refused 404, 409, 423, 502, 504.
+
+        send is given what docker says, and what the container says in its first seconds.
+        """
         config = self.store.current
         service = self.contained(config, name)
         places = [*config.layout.slots.items(), *self.swaps.book.slots.items()]
         engines = {(host, place.container): slot for slot, place in places for host in place.hosts}
         if slot := engines.get((service.host, service.container)):
             raise Refused(409, "slot_engine", f"{name} is the engine of slot {slot}: POST /api/swap with restart: true")
-        self.swaps.permit(token, force, f"a restart of {name}", client)
-        spark = self.spark_of(config, service)
-        got = self.hosts.run(spark, f"docker restart -t 30 {quote_arg(service.container)}", 120)
-        self.events.add("service_restart", f"{client} restarted {name}: {got.kind}", service=name, client=client)
-        if got.kind != "ok":
-            why = f"{name} on {service.host}: {got.kind.replace('_', ' ')}: {printable(got.err.strip()[-300:], 300)}"
-            raise Refused(504 if got.kind == "time_out" else 502, "restart_failed", why, remedy=remedy_for(got, spark))
+        spark, c = self.spark_of(config, service), quote_arg(service.container)
+        script = f"t=$(date +%s); docker restart -t 30 {c} || exit 1\n" + (f"timeout 5 docker logs -f --since \"$t\" {c} 2>&1; exit 0" if send else "")
+        with self.swaps.holding(token, force, f"restart of {name}", client):
+            self.events.add("service_restart", f"{client} restarts {name}", service=name, client=client)
+            self.on_spark(spark, "restart_failed", f"{name} on {service.host}: ", script, 125, send=send)
         return f"container {service.container} on {service.host} was restarted"
 
     def warm(self, key, slot=None, limit_s=None):
@@ -6304,29 +6316,29 @@ class App:
         slot = slot or next((slot for slot in self.store.current.layout.slots.values() if key in self.serves(slot)), None)
         if slot is None:
             raise Refused(409, "model_not_serving", f"{key} is not served now")
-        plan = self.swaps.book.slots.get(slot.name)
-        path, body = warm_request(key, bool(plan and plan.pooling))
         began = time.monotonic()
-        try:
-            status, _ = endpoint_of(slot, self.hosts, settings).request("POST", path, body, limit_s or settings["SWAP_WARM_TIMEOUT"])
-        except (OSError, ValueError, http.client.HTTPException) as e:
-            status = type(e).__name__
-        if status != 200:
-            raise Refused(502, "warming_failed", f"{key} did not answer {path}: {status}")
+        ask_for_work("vllm", endpoint_of(slot, self.hosts, settings), "", {"model": key}, limit_s or settings["SWAP_WARM_TIMEOUT"])
         return f"{key} answered in {time.monotonic() - began:.2f} s"
 
     def health(self):
-        """Every slot's model is asked for a token and every service for its health, all at once -> {ok, services}."""
+        """Every slot's model is asked for a token and every service for its work, all at once -> {ok, services}."""
         config = self.store.current
 
-        def of_service(service):
-            return ask_for_work(service, *service_place(service, self.hosts, config.settings), self.monitor.service(service.name).facts, 30)
+        def of_slot(slot):
+            probe, ours = probe_vllm_endpoint(endpoint_of(slot, self.hosts, config.settings)), self.swaps.book.slots.get(slot.name)
+            if probe.state == "serving":
+                return self.warm(probe.served[0], slot, 30)
+            if probe.detail in EMPTY and not ours and not self.gate.is_held(slot.name):
+                return "nothing is served, and nothing should be"
+            raise Refused(502, "unhealthy", "a swap is under way" if self.gate.is_held(slot.name) else f"{ours.model if ours else 'the engine'}: {probe.detail}")
 
-        asks = [({"name": slot.name, "kind": "slot"}, functools.partial(self.warm, served[0], slot, 30))
-                for slot in config.layout.slots.values() if (served := self.serves(slot))]
+        def of_service(service):
+            place, facts = service_place(service, self.hosts, config.settings), self.monitor.service(service.name).facts
+            return ask_for_work(service.kind, *place, facts, 30, service.health)
+
+        asks = [({"name": slot.name, "kind": "slot"}, functools.partial(of_slot, slot)) for slot in config.layout.slots.values()]
         asks += [({"name": s.name, "kind": s.kind}, functools.partial(of_service, s)) for s in self.monitor.services(config).values()]
-        rows = ask_all(asks)
-        return {"ok": all(row["ok"] for row in rows), "services": rows}
+        return ask_all("services", asks)
 
     def connectivity(self):
         """Every Spark's ssh and every port that slots and services answer on, all at once -> {ok, places}."""
@@ -6334,29 +6346,25 @@ class App:
         services = self.monitor.services(config).values()
 
         def login(spark):
-            got = self.hosts.run(spark, "exit 0", 10)
-            if got.kind != "ok":
-                raise Refused(502, got.kind, why_not(got), remedy=remedy_for(got, spark))
+            self.on_spark(spark, "unreachable", "", "exit 0", 10)
             return "logged in"
 
         def connect(endpoint, may_be_closed=False):
             try:
                 socket.create_connection((endpoint.host, endpoint.port), 5).close()
-            except ConnectionRefusedError:
-                if not may_be_closed:
-                    raise
+            except OSError as e:
+                if not (may_be_closed and isinstance(e, ConnectionRefusedError)):
+                    raise Refused(502, "unreachable", why_silent(e)[1]) from None
                 return "connection refused, as it should be: the slot is empty"
             return "connected"
         logins = {s for s in config.sparks.values()} | {self.spark_of(config, s) for s in services if s.host}
-        empty = {row["name"] for row in self.slots(config) if row["state"] == "empty"}
         asks = [({"name": s.name, "kind": "ssh", "host": s.host, "user": s.user}, functools.partial(login, s))
                 for s in sorted(logins, key=repr)]
         for name, kind, place in ([(s.name, "slot", endpoint_of(s, self.hosts, config.settings)) for s in config.layout.slots.values()]
                                   + [(s.name, s.kind, service_place(s, self.hosts, config.settings)[0]) for s in services]):
             row = {"name": name, "kind": kind, "host": place.host, "port": place.port}
-            asks.append((row, functools.partial(connect, place, kind == "slot" and name in empty)))
-        rows = ask_all(asks)
-        return {"ok": all(row["ok"] for row in rows), "places": rows}
+            asks.append((row, functools.partial(connect, place, kind == "slot" and name not in self.swaps.book.slots)))
+        return ask_all("places", asks)
 
     def endpoints(self, r):
         """Addresses for applications that work from the client's machine: a Spark that is this machine goes by the client's name for it."""
@@ -6605,35 +6613,30 @@ def delete_disk(app, r):
     others = [m.key for m in config.models.values() if m.repo == model.repo and m.key != model.key]
     if others and not r.query.get("force"):
         raise Refused(409, "repo_shared", f"{', '.join(others)} needs {model.repo} too; force=true deletes it all the same", models=others)
-    app.swaps.permit(**right_of(r), what=f"deleting the weights of {model.key}")
-    return 200, {"model": model.key, "repo": model.repo, "hosts": app.transfers.delete(model, names_, r.client, refuse_if_used)}
+    with app.swaps.holding(**right_of(r), what=f"deletion of {model.key}'s weights"):
+        return 200, {"model": model.key, "repo": model.repo, "hosts": app.transfers.delete(model, names_, r.client, refuse_if_used)}
+
+
+def post_restart(app, r):
+    """Restart a service's container; with follow what is said meanwhile as a stream, whose last line tells that it was."""
+    restart = functools.partial(app.restart, r.args["name"], **right_of(r))
+
+    def run(send):
+        def tell(data):
+            with contextlib.suppress(OSError):              # who began it may leave: it goes on
+                send(data)
+        tell(f"-- {restart(send=tell)}\n".encode())
+    return (200, run, TEXT) if r.query.get("follow") else (200, {"restarted": r.args["name"], "detail": restart()})
 
 
 def get_service_logs(app, r):
     """The log of a service's container as text; with follow a stream until the client leaves."""
-    config, kind = app.store.current, {"Content-Type": "text/plain; charset=utf-8"}
+    config = app.store.current
     service, follow = app.contained(config, r.args["name"]), r.query.get("follow", False)
     spark, script = app.spark_of(config, service), logs_script(service.container, r.query.get("tail", 200), follow)
-
-    def run(send):
-        if why := app.hosts.stream(spark, script, send, lambda: app.closing.is_set() or r.gone()):
-            send(f"-- the log of {service.container} on {service.host} ended: {why}\n".encode())
-    if follow:
-        return 200, run, kind
-    got = app.hosts.run(spark, script, 30)
-    if got.kind != "ok":
-        status, why = 504 if got.kind == "time_out" else 502, f"{service.name} on {service.host}: {why_not(got)}"
-        raise Refused(status, "logs_failed", why, remedy=remedy_for(got, spark))
-    return 200, "".join(printable(line) + "\n" for line in got.out.splitlines()).encode(), kind
-
-
-def get_history(app, r):
-    minutes = r.query.get("minutes", 60)
-    return 200, {"minutes": minutes, **app.monitor.history.read(time.time(), minutes)}
-
-
-def get_metrics(app, r):
-    return 200, prometheus(app.families()), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+    left = types.SimpleNamespace(is_set=lambda: app.closing.is_set() or r.gone())
+    read = functools.partial(app.on_spark, spark, "logs_failed", f"{service.name} on {service.host}: ", script, 3700 if follow else 30, left)
+    return 200, read, TEXT
 
 
 def get_v1_models(app, r):
@@ -6821,14 +6824,14 @@ ROUTES = (
     Route("DELETE", "/api/models/{key}/disk", delete_disk, {"host": line_of(64)} | FORCE, slow=True),
     Route("GET",    "/api/webhooks",         get_webhooks),
     Route("POST",   "/api/webhooks/test",    post_webhook_test),
-    Route("POST",   "/api/services/{name}/restart",
-          lambda app, r: (200, {"restarted": r.args["name"], "detail": app.restart(r.args["name"], **right_of(r))}), FORCE, slow=True),
+    Route("POST",   "/api/services/{name}/restart", post_restart, FORCE | {"follow": flag}, slow=True),
     Route("GET",    "/api/services",         lambda app, r: (200, {"services": app.tiles(app.store.current)})),
     Route("GET",    "/api/services/{name}/logs", get_service_logs, {"tail": number(0, 10_000, int), "follow": flag}, slow=True),
     Route("GET",    "/api/endpoints",        lambda app, r: (200, app.endpoints(r))),
     Route("GET",    "/api/connectivity",     lambda app, r: (200, app.connectivity()), slow=True),
-    Route("GET",    "/api/history",          get_history, {"minutes": number(1, 1440, int)}),
-    Route("GET",    "/metrics",              get_metrics),
+    Route("GET",    "/api/history",          lambda app, r: (200, app.monitor.history.read(time.time(), r.query.get("minutes", 60))),
+          {"minutes": number(1, 1440, int)}),
+    Route("GET",    "/metrics",              lambda app, r: (200, prometheus(app.families()), {"Content-Type": TEXT["Content-Type"].replace(";", "; version=0.0.4;")})),
     Route("GET",    "/api/health/deep",      lambda app, r: (200, app.health()), slow=True),
     Route("GET",    "/api/events",           lambda app, r: (200, {"events": app.events.since(r.query.get("since", 0))}), SINCE),
     Route("GET",    "/api/settings",         get_settings),
@@ -6900,7 +6903,7 @@ class Handler(BaseHTTPRequestHandler):
             status, size = self.answer(request, length)
             if m and request.where and request.path not in UPLOADS:
                 self.known, self.asked = (head[:m.start()] + head[m.end():], self.let_in, request), asked
-        except (ClientGone, OSError):
+        except (ClientGone, Cancelled, OSError):
             self.close_connection = True
             status = 499 if busy else 0         # nginx's word for: the client closed the connection
         except Exception as e:
@@ -7081,16 +7084,21 @@ class Handler(BaseHTTPRequestHandler):
         if not streams or head_only:
             self.connection.sendall(head if head_only else head + body)
             return status, len(body)
-        sent = [0]
+        size = None                             # of what was sent of the body
 
         def send(data):                         # raises OSError when the client left
-            self.connection.sendall(data)
-            sent[0] += len(data)
+            nonlocal size
+            self.connection.sendall(data if size is not None else head + data)
+            size = (size or 0) + len(data)
         with getattr(self.server.app, "parking", contextlib.nullcontext)():
-            self.connection.sendall(head)
-            with contextlib.suppress(Refused):      # its subject is gone; the status was sent long ago
+            try:
                 content(send)
-        return status, sent[0]
+                send(b"")
+            except Refused as e:
+                if size is None:                # a refusal like any other
+                    raise
+                send(f"-- {e}\n".encode() if fields["Content-Type"] == TEXT["Content-Type"] else b"")
+        return status, size
 
     def proxy(self, app, request, length):
         """A /v1 request: read it, wait for its turn, relay -> (status, bytes)."""

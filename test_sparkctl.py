@@ -1714,7 +1714,7 @@ def test_weights_are_deleted_by_safe_means_only(store, tmp_path):
     r = delete("fancy", "?host=spark2")
     assert r.status == 200 and r.json["hosts"][0]["host"] == "spark2" and r.json["hosts"][0]["freed_bytes"] > 2000
     assert gone("spark2", "org/fancy") and not gone("spark1", "org/fancy") and not list(rig.hub("spark2").glob(".trash*"))
-    event = store.get("/api/events").json["events"][0]
+    event = next(e for e in store.get("/api/events").json["events"] if e["kind"] != "lock_released")
     assert event["kind"] == "weights_deleted" and event["client"] and "spark2" in event["text"]
     assert [h["freed_bytes"] > 0 for h in delete("fancy").json["hosts"]] == [True, False] and gone("spark1", "org/fancy")
     assert delete("tuned").code == "local_model" and rig.local.exists() and delete("nix").code == "unknown_model" and delete("alpha", "?host=spark9").code == "unknown_spark"
@@ -2056,7 +2056,7 @@ def test_a_services_log_is_told_followed_and_its_reader_may_leave(zoo):
     zoo.rig.sh("spark2", "docker rm -f asr")
     got = zoo.get("/api/services/gone/logs")
     assert (got.status, got.code) == (502, "logs_failed") and "No such" in got.json["error"]["message"]
-    assert b"ended: exit code 1" in zoo.get("/api/services/gone/logs?follow=true").body
+    assert zoo.get("/api/services/gone/logs?follow=true").code == "logs_failed"
 
 
 def test_a_built_in_service_has_a_tile_once_it_was_seen_and_a_strangers_port_is_not_taken_for_it(tmp_path, monkeypatch):
