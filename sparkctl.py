@@ -5038,15 +5038,16 @@ class Monitor:
         """Record what a slot answered; foreign: seen by a poll, so that a change is none of our swaps' doing."""
         with self._lock:
             old = self._slots.get(name)
-            if old and (old.probe.state, old.probe.served) == (probe.state, probe.served):
+            if old and old.probe == probe:
                 return
-            self._slots[name] = SlotView(probe, utc())
+            same = old and old.probe[:2] == probe[:2]       # but for why, which may tell an empty slot from an unknown one
+            self._slots[name] = SlotView(probe, old.since if same else utc())
             self._publish_locked(name, probe.served)
         if old and old.probe.served == probe.served and {old.probe.state, probe.state} == {"serving", "wedged"}:
             wedged = probe.state == "wedged"
             said = f"is wedged: {probe.detail}" if wedged else "is not wedged any more"
             self._events.add("engine_wedged" if wedged else "engine_recovered", f"{name} ({probe.served[0]}) {said}", slot=name)
-        elif foreign and old and old.probe.state in ("serving", "wedged"):
+        elif foreign and old and not same and old.probe.state in ("serving", "wedged"):
             now = probe.served[0] if probe.served else "nothing"
             self._events.add("model_changed" if probe.served else "model_lost", f"{name} served {old.probe.served[0]} and now {now}"
                              + (f" ({probe.detail})" if probe.detail else "") + ", without a swap", slot=name, model=now)

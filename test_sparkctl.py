@@ -1229,6 +1229,28 @@ def test_a_restart_job_restarts_the_services_container_as_its_own_user(two):
     assert (got.status, got.code) == (502, "restart_failed") and "No such container" in got.json["error"]["message"]
 
 
+def test_a_restart_is_streamed_and_nobody_swaps_meanwhile(two):
+    two.rig.sh("spark2", "docker run -d --name asr busybox sh -c 'echo up; exec sleep 60'")
+    Path(two.dir / "services.yaml").write_text("services: {asr: {kind: asr, host: spark2, port: 8000, container: asr}}")
+    until(lambda: two.get("/api/services/asr/logs").status == 200)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        said = pool.submit(two.post, "/api/services/asr/restart?follow=true")
+        held = until(lambda: (got := two.get("/api/swap/lock").json)["locked"] and got)
+        assert held["holder"] == "restart of asr" and two.post("/api/swap", {"model": "alpha"}).code == "swap_locked"
+        assert two.post("/api/services/asr/restart").code == "swap_locked"
+        got = said.result(60)
+    lines = got.body.decode().splitlines()
+    assert got.headers["Content-Type"].startswith("text/plain") and len(lines) > 2 and lines[-1] == "-- container asr on spark2 was restarted", lines
+    assert "up" in lines and two.get("/api/swap/lock").json == {"locked": False}
+    mine = lock(two, ttl=5)                     # whoever holds the lock keeps it for as long as it takes
+    assert two.post("/api/services/asr/restart", headers=token(mine["token"])).status == 200 and two.get("/api/swap/lock").json["expires_in"] > 60
+    assert two.post("/api/services/asr/restart?follow=true").code == "swap_locked"
+    two.call("DELETE", "/api/swap/lock", headers=token(mine["token"]))
+    two.rig.sh("spark2", "docker rm -f asr")
+    got = two.post("/api/services/asr/restart?follow=true")
+    assert (got.status, got.code) == (502, "restart_failed") and two.get("/api/swap/lock").json == {"locked": False}
+
+
 def test_a_job_that_was_deleted_while_it_waits_does_nothing(two):
     mine = lock(two)
     due(two, id="j", kind="swap", model="alpha", wait=60)
@@ -1899,8 +1921,11 @@ class Stub(threading.Thread):
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 stub.got.append((self.command, self.path, body, self.headers))
                 status, said = stub.answers.get(self.path, (404, {"detail": "Not Found"}))
-                if status == "hangs":
+                if status in ("hangs", "hangs up"):
                     return time.sleep(said)
+                if status == "slow":
+                    time.sleep(said)
+                    status, said = 200, b""
                 data = said if isinstance(said, bytes) else json.dumps(said).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
@@ -1978,13 +2003,29 @@ def test_a_tile_shows_what_its_kind_can_say_and_a_state_is_never_a_guess(zoo):
             ("nim", "/v1/health/ready", (503, {"status": "not ready"}), "loading", "/v1/health/ready says 503"),
             ("qdrant", "/collections", (401, b"no"), "serving", "/collections says 401: set QDRANT_API_KEY"),
             ("tts", "/v1/audio/voices", (200, {"voices": "many"}), "serving", ""),
-            ("http", "/", (404, b""), "unknown", "/ says 404"), ("asr", "/health", ("hangs", 30), "unreachable", "no answer in time")):
+            ("http", "/", (404, b""), "unknown", "/ says 404"), ("open-webui", "/health", (503, b""), "unknown", "/health says 503"),
+            ("http", "/", (204, b""), "serving", ""), ("asr", "/health", ("hangs", 30), "unreachable", "no answer in time")):
         zoo.stubs[kind].answers[path] = answer
         until(lambda: (tiles(zoo)[kind]["state"], tiles(zoo)[kind]["detail"]) == (state, detail), what=kind)
     zoo.stubs["embeddings"].close()
     until(lambda: tiles(zoo)["embeddings"]["state"] == "down")
-    assert tiles(zoo)["tts"]["facts"] == {} and tiles(zoo)["open-webui"]["state"] == "serving"     # a hung one delays only itself
+    assert tiles(zoo)["tts"]["facts"] == {} and tiles(zoo)["nim"]["state"] == "loading"     # a hung one delays only itself
     assert "service_unreachable" in kinds(zoo) and "service_down" in kinds(zoo)
+
+
+def test_what_is_gone_from_the_file_or_is_no_vllm_any_more_tells_no_figures(zoo):
+    until(lambda: tiles(zoo)["side"]["facts"].get("running") == 0)
+    path = Path(zoo.dir / "services.yaml")
+    rows = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({"services": {**rows["services"], "side": {**rows["services"]["side"], "kind": "http", "health": "/health"}}}))
+    until(lambda: tiles(zoo)["side"]["kind"] == "http" and tiles(zoo)["side"]["facts"] == {})
+    path.write_text(yaml.safe_dump(rows))
+    until(lambda: tiles(zoo)["side"]["facts"].get("running") == 0)
+    del rows["services"]["side"]
+    path.write_text(yaml.safe_dump(rows))
+    until(lambda: "side" not in tiles(zoo))
+    looks = lambda: len(zoo.get("/api/history").json["services"].get("side", {"at": []})["at"])
+    until(lambda: looks() == (time.sleep(2.5) or looks()), what="the end of its history")
 
 
 def test_a_deep_check_has_every_service_do_its_work_and_says_which_cannot(zoo):
@@ -2002,6 +2043,34 @@ def test_a_deep_check_has_every_service_do_its_work_and_says_which_cannot(zoo):
     rows = {row["name"]: row for row in zoo.get("/api/health/deep").json["services"]}
     assert [rows[k]["detail"] for k in ("asr", "tts", "nim")] == ["/v1/audio/transcriptions says 200 and not what it should",
                                                                   "/v1/audio/speech says 200 and not what it should", "/v1/chat/completions says 500"]
+
+
+def test_a_deep_check_is_not_green_because_an_engine_is_silent(two):
+    deep = lambda: two.get("/api/health/deep").json
+    assert deep()["ok"] and [(row["name"], row["detail"]) for row in deep()["services"]] == [("main", "nothing is served, and nothing should be")]
+    assert two.swap("alpha").status == 200 and deep()["ok"] and deep()["services"][0]["detail"].startswith("alpha answered")
+    two.rig.sh("spark1", "docker rm -f vllm_node")
+    got = until(lambda: not (d := deep())["ok"] and d)
+    assert got["services"][0]["detail"] == "alpha: connection refused"
+    rows = {row["name"]: row for row in two.get("/api/connectivity").json["places"]}
+    assert not rows["main"]["ok"] and rows["main"]["detail"] == "connection refused"
+    assert two.post("/api/unload?wait=60").status == 200 and deep()["ok"] and two.get("/api/connectivity").json["ok"]
+
+
+def test_real_work_is_judged_by_what_it_brings_and_not_by_its_status_alone():
+    bad, good = (501, b"no chat"), (200, {"data": [{"embedding": [1]}]})
+    for answers, told in (({"/v1/chat/completions": (200, b"hello")}, "/v1/chat/completions says 200 and not what it should"),
+                          ({"/v1/chat/completions": (200, b"3")}, "/v1/chat/completions says 200 and not what it should"),
+                          ({"/v1/chat/completions": (400, b"{}"), "/v1/embeddings": (404, b"")}, "/v1/chat/completions says 400"),
+                          ({"/v1/chat/completions": (500, b"{}"), "/v1/embeddings": good}, "/v1/chat/completions says 500"),
+                          ({"/v1/chat/completions": bad, "/v1/embeddings": good}, None)):
+        stub = Stub(answers, "127.0.0.1")
+        try:
+            assert sc.ask_for_work("vllm", sc.Endpoint("127.0.0.1", stub.port), "", {"model": "m"}, 5) == "/v1/embeddings answered" and told is None
+        except sc.Refused as e:
+            assert str(e) == told
+        finally:
+            stub.close()
 
 
 def test_applications_are_given_addresses_that_work_from_another_machine(start, tmp_path):
@@ -2108,15 +2177,38 @@ def test_an_engine_that_holds_requests_and_makes_no_token_is_wedged_until_it_mak
     rig.control("spark1", "nvidia.json", "{}")
     rig.control("spark2", "nvidia.json", "{}")
     until(lambda: serves(p)["state"] == "wedged")
-    assert len(posts()) == 1 and "engine_wedged" in kinds(p) and p.running() is None and serves(p)["served_id"] == "alpha"
+    assert len(posts()) == 1
+    stub.answers["/metrics"], before = (500, b""), len(stub.got)      # an engine that tells nothing at all is no better
+    until(lambda: len(stub.got) > before + 12)
+    assert serves(p)["state"] == "wedged" and "engine_recovered" not in kinds(p)
+    counted(2, 100)
+    before = asked()
+    until(lambda: asked() > before + 2)
+    assert posts() and "engine_wedged" in kinds(p) and p.running() is None and serves(p)["served_id"] == "alpha"
     counted(2, 101)
     until(lambda: serves(p)["state"] == "serving")
     assert kinds(p)[:2].count("engine_recovered") == 1
     stub.answers["/v1/completions"] = OK                             # idle and slow, and alive
     before = asked()
-    until(lambda: len(posts()) > 1 and asked() > before + 5)
+    tried = len(posts())
+    until(lambda: len(posts()) > tried and asked() > before + 5)
     assert serves(p)["state"] == "serving"
     stub.close()
+
+
+def test_an_engine_that_is_slow_to_answer_is_not_lost_and_a_silent_port_is_not_called_empty(rig, start, tmp_path):
+    stub = Stub({"/health": (200, b""), "/v1/models": (200, {"data": [{"id": "alpha"}]}), "/v1/completions": (200, {"choices": []})}, "127.0.0.1")
+    p = start(rig_env(rig, tmp_path, VLLM_PORT=str(stub.port)), args=("--models", str(tmp_path / "models.yaml"), "--services", str(tmp_path / "services.yaml")))
+    until(lambda: serves(p)["state"] == "serving")
+    stub.answers["/health"], before = ("slow", 3), len(stub.got)        # two seconds are not enough, and eight are
+    until(lambda: len(stub.got) > before + 4)
+    assert serves(p)["state"] == "serving" and "model_lost" not in kinds(p) and p.post("/v1/completions", {"prompt": "x"}).status == 200
+    stub.answers["/health"] = ("hangs up", 0)
+    until(lambda: serves(p)["state"] == "unknown")
+    assert serves(p)["detail"] == "hangs up"
+    stub.close()
+    until(lambda: serves(p)["state"] == "empty")
+    assert any("alpha and now nothing (" in e["text"] for e in p.get("/api/events").json["events"] if e["kind"] == "model_lost")
 
 
 def test_rings_are_bounded_and_a_minute_is_the_mean_of_what_is_known():
@@ -2225,6 +2317,17 @@ def test_a_spark_that_hangs_delays_no_long_poll_no_request_and_no_swap_of_anothe
         assert got.json["phase"] == "ready" and took < 8 and spark_state(p)["spark2"]["state"] != "ok"
         rig.clear("spark2", "freeze")
         logs.result(60)
+
+
+def test_a_spark_that_hangs_costs_a_swap_which_does_not_need_it_no_downtime(two):
+    until(lambda: {s["state"] for s in spark_state(two).values()} == {"ok"})
+    assert two.swap("alpha").status == 200
+    two.rig.control("spark2", "freeze")
+    got = two.swap("beta", wait=120).json
+    took = {row["phase"]: row["seconds"] for row in got["phases"]}
+    two.rig.clear("spark2", "freeze")
+    assert got["phase"] == "ready" and took["checking"] < 20 and sum(took.values()) - took["checking"] < 10, took
+    assert next(c for c in got["checks"] if c["name"] == "reachable")["status"] == "warn"
 
 
 # === 13 data path =============================================================
