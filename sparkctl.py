@@ -3466,10 +3466,7 @@ class Arbiter:
 
     @contextlib.contextmanager
     def holding(self, token, force, what, client, ttl=150):
-        """The right to do what is no swap, and the lock while it is done: the caller's, or else one of its own.
-
-        Raises Refused 423, or 409 while a swap runs, unless forced.
-        """
+        """The right to do what is no swap, and meanwhile the lock, the caller's or its own. Raises Refused 423, 409 while a swap runs."""
         ours = types.SimpleNamespace(holder=what, ttl=ttl, note="", client=client, swap="", told=True, lease=None)
         with self._changing() as news:
             self._settle_locked(news)
@@ -5026,13 +5023,10 @@ class Monitor:
 
     def _publish_locked(self, key, ids):
         """Tell the data path what a slot, or "service:NAME", answers to; slots come first."""
+        if self.served.get(key, ()) == ids:
+            return
         rest = {k: v for k, v in self.served.items() if k != key}
         self.served = dict(sorted((rest | {key: ids} if ids else rest).items(), key=lambda row: row[0].startswith("service:")))
-
-    def _publish_service(self, name, ids):
-        with self._lock:
-            if self.served.get("service:" + name, ()) != ids:
-                self._publish_locked("service:" + name, ids)
 
     def observe(self, name, probe, foreign=False):
         """Record what a slot answered; foreign: seen by a poll, so that a change is none of our swaps' doing."""
@@ -5117,12 +5111,14 @@ class Monitor:
         if hidden or not service.configured and (service.host, service.port) in taken:
             self._services.pop(name, None)
             self._vitals.pop("service-" + name, None)
-            self._publish_service(name, ())
+            with self._lock:
+                self._publish_locked("service:" + name, ())
             return self._rest()
         endpoint, path = service_place(service, self._hosts, config.settings)
         state, detail, facts = probe_service(service, endpoint, path)
         self._ask_vitals("service-" + name, endpoint, service.kind == "vllm" and state == "serving")
-        self._publish_service(name, tuple(facts.get("names", ())) if not endpoint.tls and not path else ())
+        with self._lock:
+            self._publish_locked("service:" + name, tuple(facts.get("names", ())) if not endpoint.tls and not path else ())
         if old or service.configured or state == "serving" and (facts or not KINDS[service.kind].ask):
             box = self.spark(service.host).containers.get(service.container) if service.host else None
             detail += f"; docker says of {service.container}: {box}" if box and state != "serving" else ""
@@ -5931,7 +5927,7 @@ def ask_all(what, asks):
     def answer(facts, ask):
         began, ok, more = time.monotonic(), False, {}
         try:
-            detail, ok = ask(), True
+            detail, ok = ask() or "answers", True
         except Refused as e:
             detail, more = str(e), {k: v for k, v in e.details.items() if v}
         return {**facts, "ok": ok, "seconds": round(time.monotonic() - began, 3), "detail": detail, **more}
@@ -6281,7 +6277,9 @@ class App:
 
     def on_spark(self, spark, code, what, script, timeout_s, cancel=None, send=None):
         """Run a script on a Spark for a client. Raises Refused 502 or 504 that tells why what was asked for failed, and what to do."""
-        take = lambda pipe, line: pipe == "out" and send(printable(line).encode() + b"\n")
+        def take(pipe, line):
+            with contextlib.suppress(OSError):  # the client left: cancel knows whether that matters
+                return pipe == "out" and send(printable(line).encode() + b"\n")
         got = self.hosts.run(spark, script, timeout_s, cancel, send and take)
         if got.kind != "ok":
             raise Refused(504 if got.kind == "time_out" else 502, code, f"{what}{why_not(got)}", remedy=remedy_for(got, spark))
@@ -6294,10 +6292,7 @@ class App:
         return service
 
     def restart(self, name, client, token="", force=False, send=None):
-        """Restart the container of a service, under the lock -> what was done. Raises Refused 404, 409, 423, 502, 504.
-
-        send is given what docker says, and what the container says in its first seconds.
-        """
+        """Restart a service's container under the lock -> what was done; send gets what is said. Raises Refused 404, 409, 423, 502, 504."""
         config = self.store.current
         service = self.contained(config, name)
         places = [*config.layout.slots.items(), *self.swaps.book.slots.items()]
@@ -6333,22 +6328,16 @@ class App:
                 return "nothing is served, and nothing should be"
             raise Refused(502, "unhealthy", "a swap is under way" if self.gate.is_held(slot.name) else f"{ours.model if ours else 'the engine'}: {probe.detail}")
 
-        def of_service(service):
-            place, facts = service_place(service, self.hosts, config.settings), self.monitor.service(service.name).facts
-            return ask_for_work(service.kind, *place, facts, 30, service.health)
-
         asks = [({"name": slot.name, "kind": "slot"}, functools.partial(of_slot, slot)) for slot in config.layout.slots.values()]
-        asks += [({"name": s.name, "kind": s.kind}, functools.partial(of_service, s)) for s in self.monitor.services(config).values()]
+        asks += [({"name": s.name, "kind": s.kind}, functools.partial(
+            ask_for_work, s.kind, *service_place(s, self.hosts, config.settings), self.monitor.service(s.name).facts, 30, s.health))
+            for s in self.monitor.services(config).values()]
         return ask_all("services", asks)
 
     def connectivity(self):
         """Every Spark's ssh and every port that slots and services answer on, all at once -> {ok, places}."""
         config = self.store.current
         services = self.monitor.services(config).values()
-
-        def login(spark):
-            self.on_spark(spark, "unreachable", "", "exit 0", 10)
-            return "logged in"
 
         def connect(endpoint, may_be_closed=False):
             try:
@@ -6359,7 +6348,7 @@ class App:
                 return "connection refused, as it should be: the slot is empty"
             return "connected"
         logins = {s for s in config.sparks.values()} | {self.spark_of(config, s) for s in services if s.host}
-        asks = [({"name": s.name, "kind": "ssh", "host": s.host, "user": s.user}, functools.partial(login, s))
+        asks = [({"name": s.name, "kind": "ssh", "host": s.host, "user": s.user}, functools.partial(self.on_spark, s, "unreachable", "", "exit 0", 10))
                 for s in sorted(logins, key=repr)]
         for name, kind, place in ([(s.name, "slot", endpoint_of(s, self.hosts, config.settings)) for s in config.layout.slots.values()]
                                   + [(s.name, s.kind, service_place(s, self.hosts, config.settings)[0]) for s in services]):
@@ -6390,9 +6379,8 @@ class App:
         config, of, own, lease = self.store.current, self.activity.told, resource.getrusage(resource.RUSAGE_SELF), self.swaps.lock_info()
         with open("/proc/self/statm", encoding="ascii") as f:
             resident = int(f.read().split()[1]) * resource.getpagesize()
-        # what a Spark that does not answer told before is no news
-        views, slots = [(s, self.monitor.spark(s)) for s in config.sparks], list(self.slots(config))
-        sparks = [({"spark": s}, view if view.state == "ok" else SparkView(view.state)) for s, view in views]
+        slots, views = list(self.slots(config)), [({"spark": s}, self.monitor.spark(s)) for s in config.sparks]
+        sparks = [(labels, v if v.state == "ok" else SparkView(v.state)) for labels, v in views]        # what it told before is no news
         by = lambda counts, label: [("", {label: which}, n) for which, n in counts.items()]
         of_spark = lambda value: [("", labels, value(v)) for labels, v in sparks]
         of_slot = lambda value: [("", {"slot": s["name"]}, value(s)) for s in slots]
@@ -6621,13 +6609,9 @@ def delete_disk(app, r):
 def post_restart(app, r):
     """Restart a service's container; with follow what is said meanwhile as a stream, whose last line tells that it was."""
     restart = functools.partial(app.restart, r.args["name"], **right_of(r))
-
-    def run(send):
-        def tell(data):
-            with contextlib.suppress(OSError):              # who began it may leave: it goes on
-                send(data)
-        tell(f"-- {restart(send=tell)}\n".encode())
-    return (200, run, TEXT) if r.query.get("follow") else (200, {"restarted": r.args["name"], "detail": restart()})
+    if r.query.get("follow"):
+        return 200, lambda send: send(f"-- {restart(send=send)}\n".encode()), TEXT
+    return 200, {"restarted": r.args["name"], "detail": restart()}
 
 
 def get_service_logs(app, r):
@@ -7269,34 +7253,53 @@ backends:
       echo $! >DIR/{container}.pid; wait) >/dev/null 2>&1 &"
     logs: tail -n +1 -F DIR/{container}.log 2>/dev/null
     alive: read -r p <DIR/{container}.pid && kill -0 "$p"
+services:
+  embeddings: {host: spark1, port: SIDE, container: tiny-embed}
+  kokoro: {host: spark2, port: SIDE, container: kokoro}
+  qdrant: {host: spark2, port: SIDE, container: qdrant}
 """
+DEMO_DOCKER = """#!/bin/sh
+case "$*" in
+  ps*) n=0; for c in tiny-embed kokoro qdrant; do n=$((n+1)); printf "%064d $c Up 3 hours\\n" $n; done ;;
+  logs*-f*) exec tail -n 50 -f DIR/side.log ;;
+  logs*) exec tail -n 50 DIR/side.log ;;
+  restart*) sleep 1; echo "$4" ;;
+esac
+"""
+DEMO_SMI = "#!/bin/sh\ncase $1 in *gpu=*) echo $(($(date +%s) / 7 % 40)), 24.6, 48, 2405, pretended ;; esac\n"
 
 
 def demo_setup(folder):
     """Write the demo's files, its models.yaml and services-overrides.yaml among them, below folder -> settings as environment."""
-    with socket.create_server(("127.0.0.1", 0)) as s:       # a port that is free now; the engine takes it a moment later
-        words = {"PORT": str(s.getsockname()[1]), "DIR": quote_arg(folder), "PYTHON": quote_arg(sys.executable),
+    with socket.create_server(("127.0.0.1", 0)) as s, socket.create_server(("127.0.0.1", 0)) as side:    # ports that are free now
+        words = {"PORT": str(s.getsockname()[1]), "SIDE": str(side.getsockname()[1]), "DIR": quote_arg(folder), "PYTHON": quote_arg(sys.executable),
                  "SCRIPT": quote_arg(os.path.abspath(__file__)), "LOCAL": json.dumps(f"{folder}/house-style", ensure_ascii=False),
                  "KNOBS": "knobs: {max-model-len: 8192, gpu-memory-utilization: 0.05}"}
     weights = ["house-style", *(f"hub/models--demo--{name}/snapshots/1" for name in ("tiny-chat", "wide-chat", "too-greedy"))]
     files = {f"{source}/{name}": "{}" for source in weights for name in ("config.json", "model.safetensors")}
-    for name, said in {**files, "models.yaml": DEMO_MODELS, "services-overrides.yaml": DEMO_SERVICES}.items():
+    files |= {"models.yaml": DEMO_MODELS, "services-overrides.yaml": DEMO_SERVICES, "bin/docker": DEMO_DOCKER, "bin/nvidia-smi": DEMO_SMI}
+    for name, said in files.items():
         path = os.path.join(folder, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "w", encoding="utf-8") as f:
             f.write(re.sub(rf"\b({'|'.join(words)})\b", lambda m: words[m[1]], said))
-    os.environ.update(HF_HUB_CACHE=os.path.join(folder, "hub"), SPARKCTL_DEMO_PID=str(os.getpid()))
+        os.chmod(path, 0o700)
+    os.environ.update(HF_HUB_CACHE=os.path.join(folder, "hub"), SPARKCTL_DEMO_PID=str(os.getpid()), PATH=f"{folder}/bin:{os.environ['PATH']}")
+    with open(os.path.join(folder, "side.log"), "wb") as f:
+        spawn([sys.executable, os.path.abspath(__file__), "demo-engine", words["SIDE"], "demo/side", "side"], stdin=subprocess.DEVNULL, stdout=f, stderr=f)
     return {"SPARK1_HOST": "local", "SPARK2_HOST": "local", "LOCAL_MODEL_ROOTS": folder}
 
 
 class DemoEngine(Handler):
-    """Answers like vLLM 0.33: health, the model list, completions, chat with streaming. Its server's app is the model's names."""
+    """Answers like vLLM 0.33, and like a few services. Its server's app is the model's names."""
 
     def answer(self, request, length):
         asked, names = parse_json(self.read_body(request, length, 32 << 20)), self.server.app
-        if request.method == "GET":
-            cards = [{"id": name, "object": "model", "owned_by": "vllm"} for name in names]
-            known = {"/health": {}, "/v1/models": {"object": "list", "data": cards}, "/version": {"version": "0.33.0"}}
+        cards = [{"id": name, "object": "model", "owned_by": "vllm"} for name in names]
+        known = {"/health": {}, "/v1/models": {"object": "list", "data": cards}, "/version": {"version": "0.33.0"}, "/readyz": {},
+                 "/info": {"model_id": "demo/tiny-embed"}, "/v1/embeddings": {"data": [{"embedding": [0.6, 0.8]}]}, "/v1/audio/speech": b"RIFF",
+                 "/v1/audio/voices": {"voices": ["af_heart", "bf_emma"]}, "/collections": {"result": {"collections": [{"name": "notes"}]}}}
+        if request.method == "GET" or request.path in known:
             return self.reply(request, 200 if request.path in known else 404, known.get(request.path, {"detail": "Not Found"}))
         name = asked.get("model") or names[0]
         if name not in names:
@@ -7332,7 +7335,7 @@ def demo_engine(port, model, *names):
     if fails:
         lines[10:] = ["torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.12 GiB.",
                       "RuntimeError: Engine core initialization failed. See root cause above."]
-    for line in lines:
+    for line in lines if model != "demo/side" else ():      # the pretended services are up at once
         print(f"(EngineCore pid={os.getpid()})", line.replace("INFO", time.strftime("INFO %m-%d %H:%M:%S [demo.py:1]"), 1), flush=True)
         time.sleep(0.17)
     if fails:

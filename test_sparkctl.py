@@ -3502,6 +3502,16 @@ def test_the_demo_shows_a_swap_a_failure_with_rollback_and_answers_chat(start, t
     until(lambda: not alive(engine), what="the end of the engine after its sparkctl")
 
 
+def test_the_demo_has_sparks_with_a_gpu_and_services_that_work(start):
+    p = start(args=("--demo",))
+    until(lambda: [t["state"] for t in tiles(p).values()] == ["serving"] * 3 and all((s["gpu"] or {}).get("power_w") == 25 for s in spark_state(p).values()), 30)
+    assert {kind: set(t["facts"]) for kind, t in tiles(p).items()} == {"embeddings": {"model"}, "kokoro": {"voices"}, "qdrant": {"collections"}}
+    assert all(s["detail"] == "" and len(s["containers"]) == 3 for s in spark_state(p).values())
+    assert p.get("/api/health/deep").json["ok"] and p.get("/api/connectivity").json["ok"]
+    until(lambda: b"GET /readyz" in p.get("/api/services/qdrant/logs").body)
+    assert p.post("/api/services/qdrant/restart").json["detail"] == "container qdrant on spark2 was restarted"
+
+
 def find_log(program):
     """The demo's engine log: its directory is in the slot's command line."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
