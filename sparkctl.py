@@ -1695,7 +1695,7 @@ def parse_spark(out):
     `hangs`: the part it came no further than. `failed`: {program: (what of it, its last words)}.
     """
     part, parts, files, failed = "files", collections.defaultdict(list), collections.defaultdict(list), {}
-    for line in out.splitlines()[:4000]:
+    for line in out[:1 << 20].splitlines()[:4000]:
         if m := re.fullmatch(r"@! (nvidia-smi|docker|df) (\d{1,3})", line, re.ASCII):
             if m[1] != "df" or int(m[2]) in FAILURES:       # df fails if but one of its paths is not there
                 failed[m[1]] = FAILURES.get(int(m[2]), "fails"), printable(" ".join(parts[part][-1:]), 200)
@@ -1851,7 +1851,7 @@ def parse_verdict(result):
 def parse_facts(out):
     """facts_script's output -> ({name: [values]}, what parse_spark makes of the rest); lines that do not fit are passed over."""
     facts, (told, _, rest) = collections.defaultdict(list), out.partition("\n@@\n")
-    for line in told.splitlines()[:5000]:
+    for line in told[:1 << 20].splitlines()[:5000]:
         name, _, value = line.strip().partition(" ")
         facts[name].append(value.strip())
     return facts, parse_spark(rest)
@@ -1947,10 +1947,10 @@ def probe_vllm_endpoint(endpoint, timeout_s=2.0):
         served = tuple(printable(str(card["id"]), 300) for card in cards[:64]) if cards else ()
         said = f"/health says {status}" if status != 200 else f"/v1/models says {status_models}" if status_models != 200 else "it serves no model"
         return Probe("serving", served) if status == 200 and served else Probe("foreign", served, said)
-    except (OSError, http.client.HTTPException) as e:
+    except OSError as e:
         state, why = why_silent(e)
         return Probe("unknown" if state == "unknown" else "silent", detail=why)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError):
         return Probe("foreign", detail="what answers is not a vLLM")
 
 
@@ -3476,9 +3476,9 @@ class Arbiter:
                 raise Refused(409, "swap_running", said, swap=running.id, phase=running.phase)
             if overridden:
                 news.append(("lock_override", f"{client} overrode the lock of {overridden.holder} for a {what}", overridden.facts(client)))
-            elif lease is None:
+            elif lease is None and ttl:
                 self._grant_locked(ours, news)
-            elif lease.left() < ttl:
+            elif lease and lease.left() < ttl:
                 self._commit_locked(self.book.replace(lease=lease.extended(ttl)))
         try:
             yield
@@ -6602,7 +6602,7 @@ def delete_disk(app, r):
     others = [m.key for m in config.models.values() if m.repo == model.repo and m.key != model.key]
     if others and not r.query.get("force"):
         raise Refused(409, "repo_shared", f"{', '.join(others)} needs {model.repo} too; force=true deletes it all the same", models=others)
-    with app.swaps.holding(**right_of(r), what=f"deletion of {model.key}'s weights"):
+    with app.swaps.holding(**right_of(r), what=f"deletion of {model.key}'s weights", ttl=0):
         return 200, {"model": model.key, "repo": model.repo, "hosts": app.transfers.delete(model, names_, r.client, refuse_if_used)}
 
 

@@ -1882,6 +1882,8 @@ def test_a_spark_that_answers_anything_at_all_breaks_nothing():
         for _ in range(chance.randrange(1, 80)):
             text[chance.randrange(len(text))] = chance.choice("\n@:/ ,0.a9-\u202e\0|")
         sc.spark_view(sc.parse_spark("".join(text)), {"vllm_node": ("engines", "main")}, None, False).noticed()
+    flood = "@docker\n" + "".join(f"{n:064x} c{n} Up\n" for n in range(100_000))
+    assert len(sc.parse_spark(flood)["containers"]) < 4000 and sc.parse_spark("\n" * sc.OUTPUT_MAX)["hangs"] == "files"
 
 
 def spark_state(program):
@@ -2302,6 +2304,8 @@ def test_a_spark_that_hangs_delays_no_long_poll_no_request_and_no_swap_of_anothe
     rig.control("spark2", "freeze")
     until(lambda: spark_state(p)["spark2"]["state"] == "stale", 30)
     assert "has not answered since" in spark_state(p)["spark2"]["detail"] and spark_state(p)["spark1"]["state"] == "ok"
+    told = re.findall(r'^(sparkctl_spark_\w+)\{spark="spark2".* (\S+)$', p.get("/metrics").body.decode(), re.M)
+    assert told == [("sparkctl_spark_up", "0.0")]           # no figure that was true once
 
     def timed(call, *args, **more):
         began = time.monotonic()
@@ -4954,7 +4958,7 @@ class OneAnswer(threading.Thread):
     (b"HTTP/1.1 401 no\r\nContent-Length: 0\r\n\r\n", "foreign"),
     (b'HTTP/1.1 200 OK\r\nContent-Length: 24\r\n\r\n{"data": [{"id": "mine"}', "foreign"),
     (b'HTTP/1.1 200 OK\r\nContent-Length: 26\r\n\r\n{"data": [{"id": "mine"}]}', "serving"),
-    (b"SSH-2.0-OpenSSH_9\r\n", "silent"),
+    (b"SSH-2.0-OpenSSH_9\r\n", "foreign"), (b"", "silent"),
 ])
 def test_what_answers_on_a_port_is_never_guessed(answer, state):
     server = OneAnswer(answer)
@@ -5300,7 +5304,7 @@ def test_one_validation_at_a_time_and_none_for_what_is_not_there(two):
     until(lambda: [c for c in two.rig.calls("spark1") if "LANG" not in c and "docker top" in c["command"]])
     second = two.post("/api/swap/alpha/validate")
     assert (second.status, second.code) == (409, "validate_running") and second.headers["Retry-After"]
-    assert check_of(first.result(60), "docker") == ("fail", "spark1: no answer within 5 s", "start docker, and add the ssh user to the group docker")
+    assert check_of(first.result(60), "docker") == ("fail", "spark1: docker hangs", "start docker, and add the ssh user to the group docker")
     assert two.post("/api/swap/alpah/validate").json["error"]["nearest"] == "alpha"
 
 
