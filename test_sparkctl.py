@@ -3896,10 +3896,10 @@ def test_the_page_says_that_sparkctl_is_gone_and_goes_on_when_it_is_back(browser
         port = str(s.getsockname()[1])
     p = start({"SPARKCTL_API_KEY": "sesame"}, args=("--port", port))
     page = open_page(browser, p)
-    page.locator("#key").fill("wrong")
+    page.locator("#ask [name=key]").fill("wrong")
     page.get_by_role("button", name="Continue").click()
     sees(page, "The key given was not accepted.")
-    page.locator("#key").fill("sesame")
+    page.locator("#ask [name=key]").fill("sesame")
     page.get_by_role("button", name="Continue").click()
     sees(page, "Connect your first Spark")                                  # nothing is configured: the guided path
     page.evaluate("window.stays = true")
