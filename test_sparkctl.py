@@ -3833,14 +3833,78 @@ def test_a_swap_is_cancelled_and_a_lock_is_taken_extended_forced_and_given_back(
     sees(page, "Swap lock is free.")
     assert p.post("/api/swap/lock", {"holder": "daily-vol", "ttl": 900}).status == 201
     sees(page, re.compile("holds the swap lock until"))
+    for _ in range(2):                                                      # into the queue, out of it, and in again
+        page.get_by_role("button", name="Wait for it").click()
+        page.get_by_label("Who").fill("eve")
+        page.locator("#ask-go").click()
+        until(lambda: p.get("/api/swap/lock").json["queue"] == 1)
+        page.get_by_role("button", name="Stop waiting").click()
+        until(lambda: p.get("/api/swap/lock").json["queue"] == 0)
     page.get_by_role("button", name="Swap to Tiny Chat 7B").click()
     page.locator("#ask").get_by_text("daily-vol holds the lock until").wait_for()
     page.get_by_role("button", name="Force: swap now").click()
     row(page, "Tiny Chat 7B").get_by_text("Serving on main").wait_for()
     assert p.idle()[0]["forced"]
+    page.get_by_role("button", name="Wait for it").click()
+    page.locator("#ask-go").click()
+    until(lambda: p.get("/api/swap/lock").json["queue"] == 1)
     page.get_by_role("button", name="Override…").click()
-    page.get_by_role("button", name="Force: end the lock").or_(page.get_by_role("button", name="End the lock")).click()
+    page.get_by_role("button", name="End the lock").click()
+    sees(page, re.compile("^holds the swap lock in this tab until"))        # whoever waits is next
+    page.get_by_role("button", name="Release").click()
     sees(page, "Swap lock is free.")
+    page.get_by_role("button", name="Swap to House Style").click()
+    page.locator("#checks").get_by_text("reachable").wait_for()
+    page.route("**/api/state*", lambda route: None)                         # the lock is taken after the question was asked
+    assert p.post("/api/swap/lock", {"holder": "night-run", "ttl": 900}).status == 201
+    page.get_by_role("button", name="Swap now").click()
+    page.locator("#ask [role=alert]").get_by_text("night-run").wait_for()
+    page.get_by_role("button", name="Force: swap now").click()
+    until(lambda: p.running() or p.get("/api/state").json["slots"][0]["model"] == "house-style")
+    no_errors(page)
+
+
+def test_weights_come_with_progress_are_cancelled_and_deleted_and_a_services_log_goes_on(browser, zoo):
+    zoo.rig.publish("org/new", shards=4, size=2_000_000)
+    zoo.rig.sh("spark2", "docker run -d --name asr busybox sh -c 'echo one; while sleep 0.2; do echo more; done'")
+    zoo.post("/api/models", {"key": "new", "repo": "org/new"})
+    page = open_page(browser, zoo)
+    new = row(page, "org/new")
+    new.get_by_text("Not on disk").wait_for()
+    new.get_by_role("button", name="Download").click()
+    new.get_by_text(re.compile("^Downloading")).wait_for()
+    new.get_by_role("button", name="Cancel").click()
+    until(lambda: zoo.get("/api/disk").json["transfers"][0]["state"] == "cancelled")
+    new.get_by_role("button", name="Download").click()
+    new.get_by_text("On spark1").wait_for()
+    page.get_by_role("button", name="Details of new").click()
+    page.get_by_role("button", name="Delete from disk").click()
+    sees(page, "Delete new from disk?")
+    page.locator("#ask-go").click()
+    new.get_by_text("Not on disk").wait_for()
+    page.locator(".tile", has_text="gone").click()
+    page.get_by_role("button", name="Show log").click()
+    page.locator("#service-lines li", has_text="one").wait_for()
+    page.wait_for_function("() => document.querySelectorAll('#service-lines li').length > 5")   # and on it goes
+    page.locator("#service-lines").get_by_label("Search log").fill("one")
+    page.wait_for_function("() => document.querySelectorAll('#service-lines li').length === 1")
+    with page.expect_download() as got:
+        page.locator("#service-lines [data-do=log-save]").click()
+    assert Path(got.value.path()).read_text().startswith("one\nmore\n") and got.value.suggested_filename == "service-gone.log"
+    page.locator("#service [data-do=service-restart]").click()
+    sees(page, "Restart gone?")
+    page.locator("#ask-go").click()
+    until(lambda: any(e["kind"] == "service_restarted" or "restart" in e["text"] for e in zoo.get("/api/events").json["events"]))
+    no_errors(page)
+
+
+def test_a_laptop_that_slept_catches_up_at_once(browser, start):
+    p = start(args=("--demo",))
+    page = open_page(browser, p, canned(p))
+    sees(page, "Swap lock is free.")
+    with page.expect_request("**/api/state"):                               # without `since`: what was parked is given up
+        page.evaluate("() => { state.page.heard -= 60000; ticked -= 60000; tick(); }")
+    page.locator("#live", has_text="Live").wait_for()
     no_errors(page)
 
 
@@ -3928,6 +3992,9 @@ def test_hostile_names_are_text_and_nothing_scrolls_sideways_on_a_phone(browser,
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         assert "\u202e" not in page.locator("body").inner_text()
         assert page.evaluate("document.querySelectorAll('img, main script, iframe').length") == 0
+        page.locator("#list .open").nth(1).click()
+        page.locator(".detail").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
         page.locator(".tile").first.click()
         page.locator("#drawer-h", has_text="[U+202E]").wait_for()
         no_errors(page)
@@ -3964,16 +4031,36 @@ def test_axe_finds_nothing_serious_in_any_view_light_or_dark(browser, start):
     axe = Path(pytest.importorskip("axe_playwright_python").__file__).with_name("axe.min.js")       # a package that ships axe-core
     p = start(args=("--demo",))
     s = canned(p, lock={"locked": True, "holder": "daily-vol", "note": "", "expires_at": "2999-01-01T00:00:00Z", "fence": 1, "queue": 2}, warnings=["a warning"])
-    views = {"details": "#list .open", "service": ".tile", "settings": "header [data-do=settings]", "swap": "#list > li:nth-child(2) .act button", "job": "[data-do=job]"}
+    swap = {"id": "s", "slot": "main", "model": "wide-chat", "from_model": "tiny-chat", "started_at": s["now"], "holder": "ada", "eta_seconds": 60,
+            "usual_seconds": 9, "slower": True, "progress": {"fraction": 0.4, "text": "Loading weights, 4 of 12 files"}}
+    phases = [{"phase": "checking", "started_at": s["now"], "seconds": 1}, {"phase": "loading", "started_at": s["now"], "seconds": None}]
+    error = {"code": "out_of_memory", "message": "CUDA out of memory.", "remedy": "Lower it.", "log_tail": ["WARNING a line", "RuntimeError: another"]}
+    views = {"details": "#list .open", "service": ".tile", "settings": "header [data-do=settings]", "swap": "#list > li:nth-child(2) .act button", "job": "[data-do=job]",
+             "add": "[data-do=add]", "queue": "[data-do=lock]"}
+    states = {"swapping": {"swap": {**swap, "phase": "loading", "phases": phases}},
+              "failed": {"last": {**swap, "phase": "failed", "phases": phases, "ended_at": s["now"], "error": error}}}
     for scheme in ("light", "dark"):
         page = open_page(browser, p, s, color_scheme=scheme, reduced_motion="reduce")
         page.evaluate(axe.read_text())
+
+        def finds_nothing(view, where):
+            found = page.evaluate("where => axe.run(where || document, {resultTypes: ['violations']})", where)["violations"]
+            assert [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")] == [], (scheme, view)
         for view, opener in views.items():
             page.locator(opener).first.click()
             page.locator(".detail" if view == "details" else "dialog[open]").wait_for()
-            found = page.evaluate("view => axe.run(view === 'details' ? document : 'dialog[open]', {resultTypes: ['violations']})", view)["violations"]
-            assert [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")] == [], (scheme, view)
+            finds_nothing(view, None if view == "details" else "dialog[open]")
             page.keyboard.press("Escape")
+        for view, more in states.items():
+            page.evaluate("more => { state = {...state, swap: null, last: null, ...more}; render(); }", more)
+            page.locator(".slot .steps:visible").wait_for()
+            finds_nothing(view, ".slot")
+        page.evaluate("page({link: 'lost', lost: Date.now()})")
+        page.get_by_text("Stale since").wait_for()
+        finds_nothing("offline", None)
+        page.evaluate("() => { state = {...state, sparks: [], slots: [], services: []}; page({link: 'live'}); }")
+        sees(page, "Connect your first Spark")
+        finds_nothing("first run", "main")
         no_errors(page)
 
 
