@@ -5280,7 +5280,22 @@ def model_of_form(data, content_type):
     return None
 
 
+NOTHING = {}
 COUNTED = [re.compile(rb'"(?:%b)_tokens"\s*:\s*(\d{1,9})\b' % names) for names in (b"prompt|input", b"completion|output")]
+
+
+ONE_AT_A_TIME = threading.Lock()        # who reads a large body's JSON; it costs many times the body
+
+
+def model_of_json(body):
+    """The member `model` of a JSON object, or None. Of what else is in it nothing is kept. Raises ValueError, RecursionError."""
+    if len(body) <= READ:
+        found = json.loads(str(body, "utf-8"))
+    else:
+        with ONE_AT_A_TIME:
+            found = json.loads(str(body, "utf-8"), object_pairs_hook=lambda pairs: next(({k: v} for k, v in reversed(pairs) if k == "model"), NOTHING))
+    require(isinstance(found, dict), "not an object")
+    return found.get("model")
 
 
 def tokens_of(tail):
@@ -5657,12 +5672,14 @@ def relay(client, request, pool, endpoint, head, feed, sent, close):
             sent()
             got = receive(upstream, client, FIRST_BYTE_S)
             request.first = time.monotonic() - request.began
+            size = len(got)
             while (at := got.find(b"\r\n\r\n")) < 0 or got.startswith(b"HTTP/1.1 1"):
                 if at >= 0:
                     got = got[at + 4:]          # 100 Continue and its like
                     continue
                 chunk = receive(upstream, client, FIRST_BYTE_S)
-                require(chunk and len(got) <= 65536, "no reply")
+                size += len(chunk)
+                require(chunk and size <= READ * 2, "no reply")
                 got += chunk
             length, status, lines, chunked, again, request.streams, retry = parse_reply_head(got[:at])
             rest, end = got[at + 4:], BodyEnd(length, chunked)
@@ -5716,7 +5733,8 @@ def relay(client, request, pool, endpoint, head, feed, sent, close):
 
 HEAD_MAX, FIELDS_MAX = 32 << 10, 100
 TEXT = {"Content-Type": "text/plain; charset=utf-8"}
-CONNECTIONS_MAX, PARKED_MAX = 512, 384      # of these held, long-polling or streaming a log: /api always finds a thread
+CONNECTIONS_MAX, CLIENT_MAX = 512, 448      # the second: of one address, so that another one still gets in
+PARKED_MAX = 384                            # held, long-polling or streaming a log: /api always finds a thread
 HEAD_S, BODY_S, IDLE_S, LINGER_S = 10.0, 60.0, 75.0, 2.0
 
 
@@ -7093,8 +7111,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             request.body = self.read_body(request, length, config.settings["MAX_BODY_MB"] << 20)
             try:
-                name = json.loads(str(request.body, "utf-8")).get("model")
-            except (ValueError, AttributeError, RecursionError):
+                name = model_of_json(request.body)
+            except (ValueError, RecursionError):
                 raise Refused(400, "bad_json", "the body must be a JSON object") from None
             length = len(request.body)
         if name is not None and not isinstance(name, str):
@@ -7177,9 +7195,9 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, address, app, handler=Handler):
         self.app, self.activity = app, getattr(app, "activity", None) or Activity()
-        self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
         self._lock = threading.Lock()
         self._busy = 0                          # guarded by _lock; requests being answered
+        self._clients = collections.Counter()   # guarded by _lock; address -> its connections
         self._bodies = 0                        # guarded by _lock; bytes of bodies of more than READ bytes that are being read
         # Python runs one thread at a time: to hand over to one on another CPU costs three times what it does on the same
         self.cpus = os.sched_getaffinity(0)
@@ -7188,11 +7206,11 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, handler)
 
     def process_request(self, request, client_address):
-        if self._slots.acquire(blocking=False):
+        if self.admit(client_address[0]):
             with contextlib.suppress(RuntimeError):         # the system gives us no more threads
                 return super().process_request(request, client_address)
-            self._slots.release()
-        body = to_json(Refused(503, "too_many_connections", f"more than {CONNECTIONS_MAX} connections").body())
+            self.dismiss(client_address[0])
+        body = to_json(Refused(503, "too_many_connections", f"more than {CONNECTIONS_MAX} connections, or {CLIENT_MAX} of one client").body())
         with contextlib.suppress(OSError):
             request.settimeout(1)
             request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
@@ -7203,7 +7221,21 @@ class Server(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._slots.release()
+            self.dismiss(client_address[0])
+
+    def admit(self, client):
+        """Whether there is room for another connection of that address."""
+        with self._lock:
+            free = self._clients.total() < CONNECTIONS_MAX and self._clients[client] < CLIENT_MAX
+            if free:
+                self._clients[client] += 1
+            return free
+
+    def dismiss(self, client):
+        with self._lock:
+            self._clients[client] -= 1
+            if not self._clients[client]:
+                del self._clients[client]
 
     def count(self, by):
         """Count a request in or out -> how many are being answered."""

@@ -30,6 +30,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import types
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -2470,6 +2471,7 @@ def crooked(start, tmp_path):
     (b"HTTP/1.1 200 OK\r\nX: 1\nSet-Cookie: a=b\r\nContent-Length: 2\r\n\r\nok", 502, None, True),
     (b"HTTP/1.1 101 Switching\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", 200, b"ok", True),
     (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", 200, b"ok", True),
+    pytest.param(b"HTTP/1.1 102 Wait\r\n\r\n" * 9000 + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", 502, None, True, id="102 without end"),
     (b"HTTP/1.1 000 X\r\nContent-Length: 2\r\n\r\nok", 502, None, True),
     (b"nonsense", 502, None, True),
     (b"", 502, None, True),
@@ -2718,6 +2720,30 @@ def test_an_engine_may_answer_before_an_upload_is_over(kept):
 def test_the_model_of_a_form_is_found_in_its_first_parts(data, boundary, model):
     assert sc.model_of_form(data, f"multipart/form-data; boundary={boundary}") == model
     assert sc.model_of_form(data, "multipart/form-data") is None
+
+
+@pytest.mark.parametrize("body,model", [
+    ('{"model": "a", "messages": [{"model": "b"}], "x": {"model": "c"}, "pad": PAD}', "a"), ('{"pad": PAD, "model": "a", "model": "b"}', "b"), ('{"pad": PAD}', None),
+    ('{"pad": PAD, "model": 7}', 7), ('{"pad": PAD, "model": {"model": "a"}}', {"model": "a"}), ("[PAD]", ValueError), ("PAD", ValueError), ('{"model": PAD', ValueError),
+    ("[" * 100_000 + "PAD", RecursionError)])
+def test_the_model_of_a_body_is_the_same_whether_it_is_small_or_large(body, model):
+    for size in (1, 80_000):
+        data = body.replace("PAD", f'"{"x" * size}"').encode()
+        if isinstance(model, type):
+            with pytest.raises(model):
+                sc.model_of_json(data)
+        else:
+            assert sc.model_of_json(data) == model
+
+
+def test_of_a_large_body_only_its_model_is_kept(tmp_path):
+    body = b'{"model": "m", "messages": [' + b",".join([b'{"role": "user", "content": [{"type": "text", "text": "hi"}]}'] * 20_000) + b"]}"
+    tracemalloc.start()
+    try:
+        assert sc.model_of_json(body) == "m"
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(body)
+    finally:
+        tracemalloc.stop()
 
 
 def test_all_bodies_together_have_a_limit(kept):
@@ -3367,16 +3393,18 @@ def test_every_request_leaves_one_line_without_secrets_in_the_log(start, tmp_pat
     assert len(line) == 1 and "GET /api/state 200" in line[0] and "s3cret" not in line[0] and "k3y" not in p.said()
 
 
-def test_the_sixth_hundred_connection_is_told_to_come_back(bare):
-    socks = []
-    try:
-        for _ in range(sc.CONNECTIONS_MAX + 5):
-            socks.append(socket.create_connection(("127.0.0.1", bare.port), 5))
-        socks[-1].settimeout(5)
-        assert socks[-1].recv(4096).startswith(b"HTTP/1.1 503 ")
-    finally:
-        for s in socks:
-            s.close()
+def test_too_many_connections_are_told_to_come_back_and_one_client_cannot_take_them_all(bare):
+    def connect(client, times):
+        for _ in range(times):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", bare.port), 5, (client, 0)))
+        return sock
+    with contextlib.ExitStack() as stack:
+        connect("127.0.0.2", sc.CLIENT_MAX - 1)
+        for client, free in (("127.0.0.2", 1), ("127.0.0.3", sc.CONNECTIONS_MAX - sc.CLIENT_MAX)):
+            last = connect(client, free)
+            last.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert last.recv(4096).startswith(b"HTTP/1.1 200 ")
+            assert b"too_many_connections" in connect(client, 1).recv(4096)
     until(lambda: raw(bare.port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 200"))
 
 
