@@ -2331,7 +2331,7 @@ def test_a_spark_that_hangs_costs_a_swap_which_does_not_need_it_no_downtime(two)
     got = two.swap("beta", wait=120).json
     took = {row["phase"]: row["seconds"] for row in got["phases"]}
     two.rig.clear("spark2", "freeze")
-    assert got["phase"] == "ready" and took["checking"] < 20 and sum(took.values()) - took["checking"] < 10, took
+    assert got["phase"] == "ready" and took["checking"] < 14 and sum(took.values()) - took["checking"] < 10, took
     assert next(c for c in got["checks"] if c["name"] == "reachable")["status"] == "warn"
 
 
