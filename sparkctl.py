@@ -7293,8 +7293,7 @@ services:
 DEMO_DOCKER = """#!/bin/sh
 case "$*" in
   ps*) n=0; for c in tiny-embed kokoro qdrant; do n=$((n+1)); printf "%064d $c Up 3 hours\\n" $n; done ;;
-  logs*-f*) exec tail -n 50 -f DIR/side.log ;;
-  logs*) exec tail -n 50 DIR/side.log ;;
+  logs*) exec tail -n 50 ${5:+-f} DIR/side.log ;;      # as many arguments has it with -f
   restart*) sleep 1; echo "$4" ;;
 esac
 """
