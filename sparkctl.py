@@ -1600,8 +1600,7 @@ def logs_script(container, tail, follow):
     # a byte a second on stderr tells the script, by SIGPIPE, that nobody reads it any more
     c, ask = quote_arg(container), f"docker logs --tail {int(tail)}"
     there = f"docker inspect {c} >/dev/null || exit 1\n"
-    return there + (f"""echo '-- the log of' {c}
-timeout 3600 {ask} -f {c} 2>&1 &
+    return there + (f"""timeout 3600 {ask} -f {c} 2>&1 &
 p=$!
 bye() {{ kill "$p" 2>/dev/null; exit 0; }}
 trap bye PIPE HUP TERM INT
@@ -6297,7 +6296,7 @@ class App:
         """Run a script on a Spark for a client. Raises Refused 502 or 504 that tells why what was asked for failed, and what to do."""
         def take(pipe, line):
             with contextlib.suppress(OSError):  # the client left: cancel knows whether that matters
-                return pipe == "out" and send(printable(line).encode() + b"\n")
+                return send(printable(line).encode() + b"\n") if pipe == "out" else not line and send(b"")      # a beat: it is at it
         got = self.hosts.run(spark, script, timeout_s, cancel, send and take)
         if got.kind != "ok":
             raise Refused(504 if got.kind == "time_out" else 502, code, f"{what}{why_not(got)}", remedy=remedy_for(got, spark))

@@ -2125,6 +2125,10 @@ def test_a_services_log_is_told_followed_and_its_reader_may_leave(zoo):
     for name, status, code in (("hidden", 404, "unknown_service"), ("nothing", 404, "unknown_service"), ("asr", 409, "no_container")):
         got = zoo.get(f"/api/services/{name}/logs")
         assert (got.status, got.code) == (status, code), name
+    zoo.rig.sh("spark2", "docker rm -f asr; docker run -d --name asr busybox sleep 60")
+    with socket.create_connection(("127.0.0.1", zoo.port), 10) as s:        # one that says nothing is answered all the same
+        s.sendall(b"GET /api/services/gone/logs?follow=true HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert s.recv(4096).startswith(b"HTTP/1.1 200")
     zoo.rig.sh("spark2", "docker rm -f asr")
     got = zoo.get("/api/services/gone/logs")
     assert (got.status, got.code) == (502, "logs_failed") and "No such" in got.json["error"]["message"]
