@@ -3903,10 +3903,12 @@ def test_weights_come_with_progress_are_cancelled_and_deleted_and_a_services_log
     page = open_page(browser, zoo)
     new = row(page, "org/new")
     new.get_by_text("Not on disk").wait_for()
+    zoo.rig.control("spark1", "hf_pause", 60)
     new.get_by_role("button", name="Download").click()
-    new.get_by_text(re.compile("^Downloading")).wait_for()
+    new.get_by_text(re.compile("^Downloading, ")).wait_for()
     new.get_by_role("button", name="Cancel").click()
     until(lambda: zoo.get("/api/disk").json["transfers"][0]["state"] == "cancelled")
+    zoo.rig.clear("spark1", "hf_pause")
     new.get_by_role("button", name="Download").click()
     new.get_by_text("On spark1").wait_for()
     page.get_by_role("button", name="Details of new").click()
@@ -4056,6 +4058,15 @@ def test_an_update_touches_only_what_changed_however_long_catalog_and_log_are(br
     page.locator(".swap .log input").fill("line 42")
     page.wait_for_function("() => document.querySelector('.swap .log li').textContent === 'line 42'")
     assert shown.count() == 111                                             # 42, 420 to 429, 4200 to 4299
+    page.locator(".swap .log input").fill("")
+    page.wait_for_function("() => document.querySelector('.swap .log li:last-child').textContent === 'line 9999'")
+    for so_far in (400, 800):                                               # the top of what is shown brings more, and stays where it is
+        assert shown.count() == so_far
+        page.evaluate("document.querySelector('.swap .log ol').scrollTop = 0")
+        page.wait_for_function(f"() => document.querySelectorAll('.swap .log li').length === {so_far + 400}")
+        assert page.evaluate("document.querySelector('.swap .log ol').scrollTop") > 1000
+    page.get_by_role("button", name="Follow").click()
+    page.wait_for_function("() => document.querySelectorAll('.swap .log li').length === 400")
     no_errors(page)
 
 
