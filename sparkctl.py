@@ -37,8 +37,9 @@ counts and logs what was answered.
 Locks: Arbiter._lock guards the one decision who may start what, and is held until the journal has it; Hub.changed the
 version that long-polls wait on; Gate._lock the holding and counting of requests; Activity._lock the counters and last
 requests; Events._lock, SwapLog._lock and Register._lock a list and its file; Webhooks._lock deliveries and queues;
-Jobs._lock which jobs run; Monitor._lock what the slots' polls last saw; History._lock what was measured; ConfigStore._lock reading and editing the YAML files; Hosts._lock the resolved addresses; Server._lock the
-count of replies in flight and of bytes of bodies. No lock is held across ssh, HTTP or sleep, and no two at once. What is
+Jobs._lock which jobs run; Monitor._lock what the slots' polls last saw; History._lock what was measured; ConfigStore._lock
+reading and editing the YAML files; Hosts._lock the resolved addresses; Server._lock the count of replies in flight, of
+connections and of bytes of bodies. No lock is held across ssh, HTTP or sleep, and no two at once. What is
 published is immutable and replaced whole: readers take no lock.
 Trusted: the two YAML files, the environment, the user that ssh logs in as. Not trusted: clients, web pages in
 the owner's browser, what an engine or a Spark answers.
@@ -217,7 +218,7 @@ SETTINGS = (
     Setting("WEBHOOK_EVENTS", "swap_complete,swap_failed", names, "events that are POSTed, comma-separated; * at the end of a name stands for anything: lock_*"),
     Setting("HOLD_SECONDS", "60", SECONDS, "longest time a /v1 request is held while its slot swaps"),
     Setting("AUTO_SWAP", "off", flag, "a /v1 request for a model of the catalog that is not served starts the swap to it, and is held"),
-    Setting("MAX_BODY_MB", "32", number(1, 1024, int), "largest body of an API or /v1 request, MiB; all that are being read at a time may have eight times as much", guarded=True),
+    Setting("MAX_BODY_MB", "32", number(1, 1024, int), "largest body of a /v1 request, MiB, and of others 2 at most; all that are being read at a time may have eight times as much", guarded=True),
     Setting("MAX_UPLOAD_MB", "512", number(1, 1 << 20, int), "largest upload to /v1/audio, MiB; it is passed on as it comes", guarded=True),
     Setting("POLL_SECONDS", "5", number(1, 3600), "time between two looks at a Spark, a slot or a service"),
     Setting("QDRANT_API_KEY", "", text, "key that Qdrant is asked with", True, guarded=True),
@@ -4949,7 +4950,7 @@ def prometheus(families):
         lines += [f"# HELP {name} {told}", f"# TYPE {name} {kind}"]
         for suffix, labels, value in (row for row in samples if row[2] is not None):
             inner = ",".join(f'{k}="{escape(v)}"' for k, v in labels.items())
-            lines.append(f"{name}{suffix}{f'{{{inner}}}' if inner else ''} {float(value)!r}".replace(" inf", " +Inf"))
+            lines.append(f"{name}{suffix}{f'{{{inner}}}' if inner else ''} {repr(float(value)).replace('inf', '+Inf')}")
     return ("\n".join(lines) + "\n").encode("utf-8", "replace")
 
 
@@ -5090,7 +5091,7 @@ class Monitor:
     def _is_wedged(self, slot, endpoint, probe):
         """Whether requests run, no token comes, no Spark works, and a request of ours fails too; once wedged, until a token comes."""
         vitals, plan = self._vitals.get("slot-" + slot.name), self.manager.book.slots.get(slot.name)
-        power = [self.spark(host).gpu["power_w"] or 0 for host in slot.hosts if self.spark(host).gpu]
+        power = [gpu["power_w"] or 0 for gpu in [self.spark(host).gpu for host in slot.hosts] if gpu]
         was, frozen, facts = self.slot(slot.name).probe.state == "wedged", vitals.frozen if vitals else 0, vitals.facts if vitals else {}
         came = facts.get("tokens_per_s") or facts.get("prompt_tokens_per_s")
         if came or not was and (frozen < WEDGE_LOOKS or max(power, default=0) >= WEDGE_W):
@@ -5263,7 +5264,7 @@ def route_model(name, config, served, swap, held):
     if held and (name in served.get(swap.slot, ()) or swap.previous and name in swap.previous.served_names):
         raise Refused(503, "model_leaving", f"{name} is being replaced by {swap.model or 'nothing'}", wait)
     if config.find(name):
-        raise Refused(503, "model_not_serving", f"{name} is in the catalog and not served now", wait,
+        raise Refused(503, "model_not_serving", f"{name} is in the catalog and not served now; start it: POST /api/swap", wait,
                       serving=sorted({ids[0] for ids in served.values() if ids}))
     raise Refused(404, "model_not_found", f"the model {printable(name, 200)} does not exist",
                   available=sorted({i for ids in served.values() for i in ids})[:50], nearest=nearest(name, config.models))
@@ -5283,18 +5284,35 @@ NOTHING = {}
 COUNTED = [re.compile(rb'"(?:%b)_tokens"\s*:\s*(\d{1,9})\b' % names) for names in (b"prompt|input", b"completion|output")]
 
 
-ONE_AT_A_TIME = threading.Lock()        # who reads a large body's JSON; it costs many times the body
+OUTLINE = re.compile(r'["{}\[\]]')
+VALUE_OF_KEY = re.compile(r'[ \t\r\n]*:[ \t\r\n]*("?)(null)?')
 
 
 def model_of_json(body):
-    """The member `model` of a JSON object, or None. Of what else is in it nothing is kept. Raises ValueError, RecursionError."""
+    """The member `model` of a JSON object, None without. Raises ValueError, RecursionError.
+
+    Of a large body only the outline is looked at, string by string: to build all of it would take many times its size,
+    and stop all streams meanwhile. Whether the rest is right the engine sees.
+    """
+    text, model, depth, at = str(body, "utf-8"), None, 0, 0
     if len(body) <= READ:
-        found = json.loads(str(body, "utf-8"))
-    else:
-        with ONE_AT_A_TIME:
-            found = json.loads(str(body, "utf-8"), object_pairs_hook=lambda pairs: next(({k: v} for k, v in reversed(pairs) if k == "model"), NOTHING))
-    require(isinstance(found, dict), "not an object")
-    return found.get("model")
+        found = json.loads(text)
+        require(isinstance(found, dict), "not an object")
+        return found.get("model")
+    require(re.match(r"[ \t\r\n]*\{", text), "not an object")
+    while m := OUTLINE.search(text, at):
+        at = m.end()
+        if m[0] == '"':
+            said, at = json.decoder.scanstring(text, at)
+            if depth == 1 and said == "model" and (value := VALUE_OF_KEY.match(text, at)):     # of two the last counts, as everywhere
+                at = value.end()
+                model, at = json.decoder.scanstring(text, at) if value[1] else (None if value[2] else NOTHING, at)
+        else:
+            depth += 1 if m[0] in "{[" else -1
+            if depth == 0:
+                require(not text[at:].strip(" \t\r\n"), "something behind the object")
+                return model
+    raise ValueError("not a whole object")
 
 
 def tokens_of(tail):
@@ -5384,6 +5402,8 @@ class Activity:
         if served is None:
             method = asked.partition(" ")[0]
             asked = method if method in self.METHODS else "other"
+        if served and (served, asked) not in self._counts and len(self._counts) >= self.KEEP:
+            served = "other"
         count = self._counts.get((served, asked)) or self._counts.setdefault((served, asked), collections.defaultdict(int))
         prompt, completion = tokens_of(tail)
         count[status] += 1
@@ -5649,7 +5669,7 @@ def relay(client, request, pool, endpoint, head, feed, sent, close):
     """Send one request to the engine and its reply to the client as it comes -> (status, bytes, keep the client?).
 
     feed(upstream): passes on what of the body was not read yet; False if the engine answered before that was over.
-    sent(): called once the engine has the request. Sets request.first, .streams and .tail. Raises ClientGone, and
+    sent(whole): called once the engine has some of the request, and once it has the whole. Sets request.first, .streams and .tail. Raises ClientGone, and
     Refused while nothing was sent to the client.
     """
     whole, again = head + request.body if len(request.body) < READ else head, False
@@ -5660,6 +5680,7 @@ def relay(client, request, pool, endpoint, head, feed, sent, close):
     try:
         try:
             fed = False
+            sent(False)                         # how long the rest takes is up to the client, and not at others' cost
             try:
                 if count < len(whole) or whole is head:
                     upstream.sendall(whole[count:])
@@ -5730,7 +5751,7 @@ def relay(client, request, pool, endpoint, head, feed, sent, close):
 # read under limits, then guarded (Host, Origin, key), then dispatched. Handlers return (status, object[, headers])
 # and never see the socket, except the two that stream.
 
-HEAD_MAX, FIELDS_MAX = 32 << 10, 100
+HEAD_MAX, FIELDS_MAX, API_BODY_MAX = 32 << 10, 100, 2 << 20
 TEXT = {"Content-Type": "text/plain; charset=utf-8"}
 CONNECTIONS_MAX, CLIENT_MAX = 512, 448      # the second: of one address, so that another one still gets in
 PARKED_MAX = 384                            # held, long-polling or streaming a log: /api always finds a thread
@@ -6887,6 +6908,7 @@ class Handler(BaseHTTPRequestHandler):
     def one_request(self):
         began, request, asked, status, size = time.monotonic(), None, "- -", 0, 0
         self.reserved = busy = 0
+        self.unread = False                     # whether bytes of this request's body are still to come, which are no next request
         try:
             head = self.read_head()
             busy = self.server.count(1)
@@ -6894,12 +6916,12 @@ class Handler(BaseHTTPRequestHandler):
                 self.share_cpu(True)
             m, (known, config, request) = LENGTH.search(head), self.known
             if m and known == head[:m.start()] + head[m.end():] and config is self.server.app.store.current:
-                asked, began = self.asked, request.renew().began
+                asked, began, self.unread = self.asked, request.renew().began, True
                 status, size = self.proxy(self.server.app, request, int(m[1]))
                 return
             request = None
             request, length = parse_head(head)
-            began = request.began
+            began, self.unread = request.began, length != 0
             asked, self.close_connection = f"{request.method} {request.path}", request.close
             request.client, request.gone = self.client_address[0], self.client_gone
             status, size = self.answer(request, length)
@@ -6913,7 +6935,7 @@ class Handler(BaseHTTPRequestHandler):
                 log(f"{asked}: {type(e).__name__}: {e}\n{traceback.format_exc()}")
                 e = Refused(500, "internal", "an internal error; sparkctl's own log has it")
             # after one of these, what follows on this connection cannot be trusted to be a request
-            self.close_connection |= e.status in (400, 408, 413, 431, 500)
+            self.close_connection |= self.unread or e.status in (400, 408, 413, 431, 500)
             self.lingers = self.close_connection
             status, size = self.reply(request, e.status, e.body(), e.headers)
         finally:
@@ -6981,19 +7003,19 @@ class Handler(BaseHTTPRequestHandler):
         self.server.bodies(-self.reserved)
         self.reserved = 0
 
-    def read_body(self, request, length, most):
-        """The whole body, at most `most` bytes. Raises Refused 413, 408, 400, 503."""
+    def read_body(self, request, length, most, together=None):
+        """The whole body, at most `most` bytes; together: what eight bodies may be at once. Raises Refused 413, 408, 400, 503."""
         if 0 <= length <= len(self.buffer) and length <= most:
             body, self.buffer = self.buffer[:length], self.buffer[length:]
             return body
-        too_large = Refused(413, "body_too_large", f"the body is larger than {most >> 20} MiB (MAX_BODY_MB)")
+        too_large = Refused(413, "body_too_large", f"the body is larger than {most >> 20} MiB{' (MAX_BODY_MB)' if request.path in PROXIED else ''}")
         if length > most:
             raise too_large
         self.expect(request)
         deadline, slow = time.monotonic() + BODY_S, f"the body was not complete within {BODY_S:g} s"
         if length >= 0:
             if length > READ:
-                self.reserve(length, most)
+                self.reserve(length, together or most)
             body, got = bytearray(length), len(self.buffer)
             body[:got], self.buffer = self.buffer, b""
             view = memoryview(body)
@@ -7011,7 +7033,7 @@ class Handler(BaseHTTPRequestHandler):
             if len(end.data) + end.left > most:
                 raise too_large
             if len(end.data) > self.reserved:
-                self.reserve(max(READ, len(end.data)), most)
+                self.reserve(max(READ, len(end.data)), together or most)
             if end.done:
                 return end.data
             if time.monotonic() > deadline:
@@ -7052,12 +7074,12 @@ class Handler(BaseHTTPRequestHandler):
             guard(request, settings, bool(route and route.open))
         except Refused as e:
             guard(request, settings, False) if e.status in (404, 405) else None     # a stranger learns no paths
-            self.close_connection |= bool(length)
             raise
         if proxied:
             return self.proxy(app, request, length)
         self.share_cpu(False)
-        request.body = self.read_body(request, length, settings["MAX_BODY_MB"] << 20)
+        most = settings["MAX_BODY_MB"] << 20
+        request.body, self.unread = self.read_body(request, length, min(most, API_BODY_MAX), most), False
         if request.raw_query.count("&") >= 50:
             raise Refused(400, "bad_request", "too many query fields")
         request.query = checked(dict(urllib.parse.parse_qsl(request.raw_query, keep_blank_values=True)), route.query, "the query")
@@ -7096,10 +7118,12 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 content(send)
                 send(b"")
-            except Refused as e:
-                if size is None:                # a refusal like any other
+            except Exception as e:
+                if size is None or isinstance(e, (OSError, ClientGone)):       # a refusal like any other, or nobody to be told
                     raise
-                send(f"-- {e}\n".encode() if fields["Content-Type"] == TEXT["Content-Type"] else b"")
+                if not isinstance(e, Refused):
+                    log(f"a stream broke off: {traceback.format_exc()}")
+                send(f"-- {e if isinstance(e, Refused) else 'an internal error'}\n".encode() if fields["Content-Type"] == TEXT["Content-Type"] else b"")
         return status, size
 
     def proxy(self, app, request, length):
@@ -7108,7 +7132,7 @@ class Handler(BaseHTTPRequestHandler):
         if request.path in UPLOADS:
             name, feed = self.begin_upload(request, length, config.settings["MAX_UPLOAD_MB"] << 20)
         else:
-            request.body = self.read_body(request, length, config.settings["MAX_BODY_MB"] << 20)
+            request.body, self.unread = self.read_body(request, length, config.settings["MAX_BODY_MB"] << 20), False
             try:
                 name = model_of_json(request.body)
             except (ValueError, RecursionError):
@@ -7119,8 +7143,8 @@ class Handler(BaseHTTPRequestHandler):
         request.model = name or ""
         request.where, ticket = app.admit(request, name)
 
-        def sent():
-            if self.reserved:
+        def sent(whole=True):
+            if whole and self.reserved:
                 self.free()
             if ticket:
                 app.gate.step_out(request.where, ticket)
@@ -7131,9 +7155,6 @@ class Handler(BaseHTTPRequestHandler):
             framing = b"Content-Length: %d\r\n\r\n" % length if length >= 0 else b"Transfer-Encoding: chunked\r\n\r\n"
             status, size, goes_on = relay(self.connection, request, app.pool, request.forwarded[2], request.forwarded[3] + framing,
                                           feed, sent, self.close_connection)
-        except Refused:
-            self.close_connection |= feed is not None       # of an upload not all was read
-            raise
         finally:
             app.gate.leave(request.where)
             sent()
@@ -7156,7 +7177,7 @@ class Handler(BaseHTTPRequestHandler):
             if name is not None or end.done or len(end.data) >= READ:
                 break
             self.receive(until, slow)
-        end.data, size = None, len(request.body)
+        end.data, size, self.unread = None, len(request.body), not end.done
 
         def feed(upstream):
             nonlocal size
@@ -7178,6 +7199,7 @@ class Handler(BaseHTTPRequestHandler):
                 if size > most + READ:          # of chunks that did not say beforehand how much they are
                     raise too_large
                 upstream.sendall(part)
+            self.unread = False
             return True
         return name, feed
 
@@ -7423,7 +7445,7 @@ def run_check(store, found):
                           for s in layout.services.values() if s.configured]),
             (f"Models ({len(models)})", [f"{m.key}: {m.source} ({m.mode}) answers to {', '.join(m.served_names)}" for m in models]),
             ('No Spark was contacted; a dry run does: POST /api/swap?wait=60 {"model": KEY, "dry_run": true}', []),
-            ("Problems" if found else "No problems", found)):
+            ("Problems" if found else "No problems in settings and files", found)):
         print(title, *lines, sep="\n  ")
     return 1 if found else 0
 

@@ -2728,12 +2728,15 @@ def test_the_model_of_a_form_is_found_in_its_first_parts(data, boundary, model):
 
 @pytest.mark.parametrize("body,model", [
     ('{"model": "a", "messages": [{"model": "b"}], "x": {"model": "c"}, "pad": PAD}', "a"), ('{"pad": PAD, "model": "a", "model": "b"}', "b"), ('{"pad": PAD}', None),
-    ('{"pad": PAD, "model": 7}', 7), ('{"pad": PAD, "model": {"model": "a"}}', {"model": "a"}), ("[PAD]", ValueError), ("PAD", ValueError), ('{"model": PAD', ValueError),
-    ("[" * 100_000 + "PAD", RecursionError)])
+    ('{"pad": PAD, "model": null}', None), ('{"pad": PAD, "a\\"}": ["model", {"model": "b"}], "\\u006dodel" :  "a\\n"}', "a\n"), ('{"model": "a", "pad": "model", "x": PAD}', "a"),
+    ('{"pad": PAD, "model": 7}', int), ('{"pad": PAD, "model": {"model": "a"}}', dict), ("[PAD]", ValueError), ("PAD", ValueError), ('{"model": PAD', ValueError),
+    ('{"x": PAD} {"model": "b"}', ValueError), pytest.param("[" * 100_000 + "PAD", (ValueError, RecursionError), id="deep")])
 def test_the_model_of_a_body_is_the_same_whether_it_is_small_or_large(body, model):
     for size in (1, 80_000):
         data = body.replace("PAD", f'"{"x" * size}"').encode()
-        if isinstance(model, type):
+        if model in (int, dict):
+            assert not isinstance(sc.model_of_json(data), str | None)
+        elif model in (ValueError, (ValueError, RecursionError)):
             with pytest.raises(model):
                 sc.model_of_json(data)
         else:
@@ -2741,13 +2744,22 @@ def test_the_model_of_a_body_is_the_same_whether_it_is_small_or_large(body, mode
 
 
 def test_of_a_large_body_only_its_model_is_kept(tmp_path):
-    body = b'{"model": "m", "messages": [' + b",".join([b'{"role": "user", "content": [{"type": "text", "text": "hi"}]}'] * 20_000) + b"]}"
+    body = b'{"model": "m", "messages": [' + b",".join([b'{"role": "user", "content": [{"type": "text", "text": "hi"}, [], []]}'] * 20_000) + b"]}"
     tracemalloc.start()
     try:
         assert sc.model_of_json(body) == "m"
         assert tracemalloc.get_traced_memory()[1] < 4 * len(body)
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("framing,begun", [(b"Content-Length: 9000", FORM), (b"Transfer-Encoding: chunked", b"%x\r\n%b\r\n" % (len(FORM), FORM))], ids=["length", "chunks"])
+def test_what_follows_of_a_refused_body_is_no_request(kept, framing, begun):
+    p = kept()
+    asked = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=XX\r\n" + framing + b"\r\n\r\n"
+    got = raw(p.port, head + begun.replace(b"\r\nm\r\n", b"\r\nz\r\n") + b"\r\n" * 100 + asked, end=False)
+    assert re.match(rb"HTTP/1.1 40[04] ", got) and got.count(b"HTTP/1.1") == 1 and b"\r\nConnection: close\r\n" in got
 
 
 def test_all_bodies_together_have_a_limit(kept):
@@ -2759,7 +2771,8 @@ def test_all_bodies_together_have_a_limit(kept):
             return sock
         socks = [send(n) for n in range(9)]
         refused = until(lambda: [s for s in socks if select.select([s], [], [], 0)[0]])
-        assert len(refused) == 1 and b"too_much_at_once" in refused[0].recv(4096)
+        said = refused[0].recv(4096)
+        assert len(refused) == 1 and b"too_much_at_once" in said and b"\r\nConnection: close\r\n" in said
     assert until(lambda: p.post("/v1/completions", b'{"prompt": "' + b"x" * 900000 + b'"}').status == 200)
     # chunks count for what they hold, and the last byte may be one too many
     for size, status in ((1 << 20, 200), ((1 << 20) + 1, 413)):
