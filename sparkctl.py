@@ -5287,7 +5287,7 @@ NOTHING = {}
 COUNTED = [re.compile(rb'"(?:%b)_tokens"\s*:\s*(\d{1,9})\b' % names) for names in (b"prompt|input", b"completion|output")]
 
 
-OUTLINE = re.compile(r'["{}\[\]]')
+BRACKETS = ("{", 1), ("[", 1), ("}", -1), ("]", -1)
 VALUE_OF_KEY = re.compile(r'[ \t\r\n]*:[ \t\r\n]*("?)(null)?')
 
 
@@ -5303,19 +5303,14 @@ def model_of_json(body):
         require(isinstance(found, dict), "not an object")
         return found.get("model")
     require(re.match(r"[ \t\r\n]*\{", text), "not an object")
-    while m := OUTLINE.search(text, at):
-        at = m.end()
-        if m[0] == '"':
-            said, at = json.decoder.scanstring(text, at)
-            if depth == 1 and said == "model" and (value := VALUE_OF_KEY.match(text, at)):     # of two the last counts, as everywhere
-                at = value.end()
-                model, at = json.decoder.scanstring(text, at) if value[1] else (None if value[2] else NOTHING, at)
-        else:
-            depth += 1 if m[0] in "{[" else -1
-            if depth == 0:
-                require(not text[at:].strip(" \t\r\n"), "something behind the object")
-                return model
-    raise ValueError("not a whole object")
+    while (quote := text.find('"', at)) >= 0:
+        depth += sum(text.count(c, at, quote) * by for c, by in BRACKETS)
+        said, at = json.decoder.scanstring(text, quote + 1)
+        if depth == 1 and said == "model" and (value := VALUE_OF_KEY.match(text, at)):         # of two the last counts, as everywhere
+            at = value.end()
+            model, at = json.decoder.scanstring(text, at) if value[1] else (None if value[2] else NOTHING, at)
+    require(depth + sum(text.count(c, at) * by for c, by in BRACKETS) == 0, "not a whole object")
+    return model
 
 
 def tokens_of(tail):
@@ -6984,6 +6979,8 @@ class Handler(BaseHTTPRequestHandler):
         if end <= 0 or data[0] in b"\r\n":
             self.buffer, deadline = data.lstrip(b"\r\n"), time.monotonic() + HEAD_S
             while (end := self.buffer.find(b"\r\n\r\n")) < 0 and len(self.buffer) <= HEAD_MAX:
+                if re.search(rb"(?<!\r)\n", self.buffer):
+                    raise Refused(400, "bad_request", "a line of the header ends without CR")
                 self.receive(deadline, f"the header was not complete within {HEAD_S:g} s" if self.buffer else None)
                 self.buffer = self.buffer.lstrip(b"\r\n")
             data = self.buffer
@@ -7317,7 +7314,8 @@ services:
 DEMO_DOCKER = """#!/bin/sh
 case "$*" in
   ps*) n=0; for c in tiny-embed kokoro qdrant; do n=$((n+1)); printf "%064d $c Up 3 hours\\n" $n; done ;;
-  logs*) exec tail -n 50 ${5:+-f} DIR/side.log ;;      # as many arguments has it with -f
+  logs\\ -f*) exec tail -n 0 -f DIR/side.log ;;
+  logs*) exec tail -n "$3" ${5:+-f} DIR/side.log ;;      # as many arguments has it with -f
   restart*) sleep 1; echo "$4" ;;
 esac
 """
