@@ -1905,9 +1905,6 @@ class Endpoint(NamedTuple):
                 if chunk == b"":
                     break
                 data += chunk or b""
-                head, _, got = data.partition(b"\r\n\r\n")
-                if (m := re.search(rb"(?i)\r\ncontent-length:[ \t]*([0-9]{1,9})(?:\r\n|\Z)", head)) and len(got) >= int(m[1]):
-                    break                       # whole, though the connection stays open
                 if time.monotonic() >= deadline:
                     raise TimeoutError()
         # http.client parses what it reads from a socket: bytes in a socket's clothes

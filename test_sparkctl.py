@@ -2775,20 +2775,6 @@ def test_what_follows_of_a_refused_body_is_no_request(kept, framing, begun):
     assert re.match(rb"HTTP/1.1 40[04] ", got) and got.count(b"HTTP/1.1") == 1 and b"\r\nConnection: close\r\n" in got
 
 
-def test_a_whole_answer_counts_although_the_connection_stays_open():
-    held = []
-
-    def serve():
-        held.append(server.accept()[0])
-        held[0].recv(65536)
-        for part in (b"HTTP/1.1 200 OK\r\nContent-Len", b"gth: 2\r\n\r\n", b"ok"):
-            held[0].sendall(part)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        threading.Thread(target=serve, daemon=True).start()
-        assert sc.Endpoint("127.0.0.1", server.getsockname()[1]).request("GET", "/", timeout_s=30) == (200, b"ok")
-    held[0].close()
-
-
 def test_all_bodies_together_have_a_limit(kept):
     p = kept(MAX_BODY_MB="1")
     with contextlib.ExitStack() as stack:
