@@ -68,6 +68,9 @@ class Reply:
     def __init__(self, status, headers, body):
         self.status, self.headers, self.body = status, headers, body
 
+    def __repr__(self):                 # what a failed assertion shows
+        return f"{self.status} {self.body[:2000]!r}"
+
     @property
     def json(self):
         return json.loads(self.body)
@@ -8688,9 +8691,13 @@ class Rig:
         self.sh(spark, 'docker rm -f "$NAME"', NAME=name, RIG_FORCE="1")
 
     def free_port(self, spark):
-        with socket.socket() as s:
-            s.bind((self.sparks[spark], 0))
-            return s.getsockname()[1]
+        """One that the kernel gives to no client meanwhile, so that an engine finds it free each time it starts."""
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        while True:
+            port = random.randrange(first // 2, first)
+            with socket.socket() as s, contextlib.suppress(OSError):
+                s.bind((self.sparks[spark], port))
+                return port
 
     def start_foreign(self, spark, port, model_id, **behaviour):
         """A stranger's server on the Spark, listening when this returns. Returns the Popen."""
