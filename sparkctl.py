@@ -3954,7 +3954,7 @@ class Events:
 class Webhooks:
     """Tells other programs by POST. One thread and one bounded queue a receiver, so that a dead one delays nobody."""
 
-    KEEP, QUEUE, LIMIT_S = 50, 100, 5.0
+    KEEP, QUEUE, LIMIT_S, IDLE_S = 50, 100, 5.0, 60.0
 
     def __init__(self, settings, hub):
         self._settings, self._hub = settings, hub           # settings: () -> Settings
@@ -4000,7 +4000,13 @@ class Webhooks:
 
     def _work(self, url, waiting):
         while True:
-            row, body = waiting.get()
+            try:
+                row, body = waiting.get(timeout=self.IDLE_S)
+            except queue.Empty:
+                with self._lock:
+                    if not waiting.empty():
+                        continue
+                    return self._queues.pop(url)            # its URL may have been changed: nobody comes back for this thread
             began = time.monotonic()
             try:
                 status = self._post(url, row, body)
@@ -5028,11 +5034,11 @@ class Monitor:
         rest = {k: v for k, v in self.served.items() if k != key}
         self.served = dict(sorted((rest | {key: ids} if ids else rest).items(), key=lambda row: row[0].startswith("service:")))
 
-    def observe(self, name, probe, foreign=False):
-        """Record what a slot answered; foreign: seen by a poll, so that a change is none of our swaps' doing."""
+    def observe(self, name, probe, mark=None):
+        """Record what a slot answered; mark: of a poll, the slot's when it asked, so that a change is none of our swaps' doing."""
         with self._lock:
             old = self._slots.get(name)
-            if old and old.probe == probe:
+            if old and old.probe == probe or mark and self.manager.mark(name) != mark:     # a swap began or ended meanwhile: it knows better
                 return
             same = old and old.probe[:2] == probe[:2]       # but for why, which may tell an empty slot from an unknown one
             self._slots[name] = SlotView(probe, old.since if same else utc())
@@ -5041,7 +5047,7 @@ class Monitor:
             wedged = probe.state == "wedged"
             said = f"is wedged: {probe.detail}" if wedged else "is not wedged any more"
             self._events.add("engine_wedged" if wedged else "engine_recovered", f"{name} ({probe.served[0]}) {said}", slot=name)
-        elif foreign and old and not same and old.probe.state in ("serving", "wedged"):
+        elif mark and old and not same and old.probe.state in ("serving", "wedged"):
             now = probe.served[0] if probe.served else "nothing"
             self._events.add("model_changed" if probe.served else "model_lost", f"{name} served {old.probe.served[0]} and now {now}"
                              + (f" ({probe.detail})" if probe.detail else "") + ", without a swap", slot=name, model=now)
@@ -5072,8 +5078,7 @@ class Monitor:
             if probe.state == "serving" and self._is_wedged(slot, endpoint, probe):
                 probe = Probe("wedged", probe.served, "requests run, no token comes, and one that was asked for did not come; "
                               "swap with restart: true starts it again")
-            if self.manager.mark(name) == before:           # no swap began or ended meanwhile
-                self.observe(name, probe, foreign=True)
+            self.observe(name, probe, before)
         else:
             self._vitals.pop("slot-" + name, None)
         self._rest()
@@ -6929,6 +6934,7 @@ class Handler(BaseHTTPRequestHandler):
             if not isinstance(e, Refused):
                 log(f"{asked}: {type(e).__name__}: {e}\n{traceback.format_exc()}")
                 e = Refused(500, "internal", "an internal error; sparkctl's own log has it")
+            self.known = None, None, None       # what was kept for the next request may be why
             # after one of these, what follows on this connection cannot be trusted to be a request
             self.close_connection |= self.unread or e.status in (400, 408, 413, 431, 500)
             self.lingers = self.close_connection

@@ -897,6 +897,17 @@ def test_a_dead_a_slow_and_a_redirecting_receiver_delay_nothing_and_are_told_apa
     assert p.swap("alpha").status == 200 and len(good.got) == 6             # nobody asked for swaps here
 
 
+def test_the_thread_of_a_receiver_that_hears_nothing_more_ends_and_comes_back(monkeypatch):
+    monkeypatch.setattr(sc.Webhooks, "IDLE_S", 0.05)
+    good = Receiver()
+    hooks = sc.Webhooks(lambda: sc.parse_settings({"WEBHOOK_URL": good.url, "WEBHOOK_SECRET": "s3cret"}), sc.Hub())
+    mine = lambda: [t for t in threading.enumerate() if t.name == "webhook"]
+    for n in (1, 2):
+        hooks.tell({"kind": "test", "at": "now"})
+        until(lambda: len(good.got) == n and not mine() and not hooks._queues, what="the end of the thread")
+    assert hooks.outcomes() == {"delivered": 2}
+
+
 def test_a_listener_that_fails_does_not_hurt_who_tells(tmp_path):
     events = sc.Events(str(tmp_path / "events.jsonl"), sc.Hub())
     heard = []
