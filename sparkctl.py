@@ -505,6 +505,7 @@ class Hub:
 
     def __init__(self):
         self.boot = secrets.token_hex(4)        # so that a version never repeats across restarts
+        self.closing = threading.Event()        # set when sparkctl ends: who looks or waits stops
         self.changed = threading.Condition()
         self._count = 0                         # guarded by changed
 
@@ -4600,7 +4601,7 @@ class Transfers:
         self.register, self._config, self._hosts, self._hub, self._events = register, config, hosts, hub, events
         self._now = {}      # Spark -> (job, how far it is: see NOTHING), replaced whole by the Spark's thread
         self._seen = {name: collections.deque(maxlen=30) for name in hosts.sparks}      # (job, when, bytes), of that thread alone
-        self._closing = threading.Event()
+        self._closing = hub.closing             # what runs on the Sparks goes on, and the next start looks again
 
     def start(self):
         for t in self.running():                # what we cannot go on with
@@ -4609,10 +4610,6 @@ class Transfers:
                 self._end(t, "failed", {"code": "interrupted", "message": why, "remedy": "begin again", "log_tail": []})
         for name in self._hosts.sparks:
             forever("weights-" + name, self._closing, functools.partial(self._work, name)).start()
-
-    def close(self):
-        """Stop looking, once the hub is woken; what runs on the Sparks goes on, and the next start looks again."""
-        self._closing.set()
 
     def running(self):
         return [t for t in self.register.entries.values() if t["state"] == "running"]
@@ -4984,7 +4981,7 @@ class Monitor:
         self.history = History()
         self._noticed = None                    # what the last bump told; of the thread `history` alone
         self._watched = set()                   # names of threads; of start(), then of the thread `config`
-        self._closing = threading.Event()
+        self._closing = hub.closing
 
     def start(self):
         for name in self._store.sparks:
@@ -4992,9 +4989,6 @@ class Monitor:
         self._watch()
         forever("config", self._closing, self._look_at_config).start()
         forever("history", self._closing, self._tick).start()
-
-    def close(self):
-        self._closing.set()
 
     def _watch(self):
         """A thread for every slot and service that has none yet."""
@@ -5996,7 +5990,7 @@ class App:
         self.schedules = Schedules(schedules, jobs)
         self.transfers = Transfers(transfers, lambda: store.current, self.hosts, self.hub, self.events.add)
         self.swaps.deleting = self.transfers.deleting
-        self.closing = threading.Event()
+        self.closing = self.hub.closing
         self._parked = threading.BoundedSemaphore(PARKED_MAX)
         for warning in self.warnings:           # what was lost is not only shown until the next start
             self.events.add("state_lost", warning)
@@ -6016,10 +6010,8 @@ class App:
 
     def close(self):
         self.jobs.close()
-        self.transfers.close()
         self.closing.set()
         self.hub.bump()                         # parked long-polls answer now
-        self.monitor.close()
         self.swaps.close()
         self.events.add("stopped", "sparkctl was told to end")
         self.hosts.close()
