@@ -3128,8 +3128,7 @@ class SwapRun:
         lines = [line for line in f"{got.out}\n{got.err}".splitlines() if line.strip()]
         # the first line that begins so is ours, whatever a login shell says before it and the launcher after it
         since = next((line[6:].strip() for line in lines if line.startswith("since ")), "")
-        lines = [line for line in lines if line != "since " + since]
-        lines = [hide(line, self.hidden) for line in lines]
+        lines = [hide(line, self.hidden) for line in lines if line != "since " + since]
         for line in lines:
             self.log.add(line)
         if got.kind == "time_out":
