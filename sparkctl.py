@@ -489,11 +489,12 @@ def write_state(path, doc, code=None):
 
 
 def forever(name, closing, step):
-    """A thread, not yet started, that calls step() until closing is set. No thread dies silently."""
+    """A thread, not yet started, that calls step() until closing is set, or it answers "over". No thread dies silently."""
     def run():
         while not closing.is_set():
             try:
-                step()
+                if step() == "over":
+                    return
             except Exception as e:
                 log(f"{name}: {type(e).__name__}: {e}\n{traceback.format_exc()}")
                 closing.wait(1)
@@ -604,6 +605,14 @@ def end_process(process):
 
 
 OUTPUT_MAX = 16 << 20           # bytes that one remote command may say
+CHILDREN = set()                # processes of run_process; each is added and taken out by the thread that runs it
+
+
+def end_children():
+    """Kill what still runs when we end: an ssh that hangs would outlive us. What it began on the Spark is left alone."""
+    for process in CHILDREN.copy():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class Cancelled(Exception):
@@ -617,6 +626,7 @@ def run_process(argv, timeout_s, cancel=None, send=None):
     """
     deadline, read, rests = time.monotonic() + timeout_s, {"out": bytearray(), "err": bytearray()}, {"out": b"", "err": b""}
     process = spawn(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    CHILDREN.add(process)
     try:
         with selectors.DefaultSelector() as ready:
             ready.register(process.stdout, selectors.EVENT_READ, "out")
@@ -643,7 +653,8 @@ def run_process(argv, timeout_s, cancel=None, send=None):
         return Result("time_out", -1, read["out"].decode("utf-8", "replace"), f"no end within {timeout_s:.3g} s")
     finally:
         end_process(process)
-    return Result("failed" if code else "ok", code, *(b.decode("utf-8", "replace") for b in read.values()))
+        CHILDREN.discard(process)
+    return Result("failed" if code else "ok", code, read["out"].decode("utf-8", "replace"), read["err"][-65536:].decode("utf-8", "replace"))
 
 
 class Hosts:
@@ -676,7 +687,7 @@ class Hosts:
         # A shared connection that is stale or frozen is torn down. A socket whose master died is replaced by ssh itself;
         # a master that answers oddly, or a session that ended without a word because the master was told to exit
         # meanwhile, deserves one more try: every script of ours may be run twice without harm.
-        stale = result.kind == "unreachable" and re.search(r"mux_client_\w+: |without a word", result.err)
+        stale = result.kind == "unreachable" and re.search(r"mux_client_\w{1,40}: |without a word", result.err)
         frozen = result.kind == "time_out" and not spark.local and self.run_once(spark, "true", 5, cancel, None).kind != "ok"
         if frozen or stale and "mux" in result.err:
             self.reset(spark)
@@ -704,15 +715,17 @@ class Hosts:
         out = run_process(ssh_argv(spark, self.control_dir, "-G"), 5).out
         return dict(line.split(" ", 1) for line in out.splitlines() if " " in line)
 
-    def address(self, name):
-        """The host for HTTP: what ssh resolves the alias to; 127.0.0.1 for `local`. Cached."""
+    def address(self, name, again=False):
+        """The host for HTTP: what ssh resolves the alias to; 127.0.0.1 for `local`. Cached; a failure too, until asked again."""
         spark = self.sparks[name]
         if spark.local:
             return "127.0.0.1"
         with self._lock:
             found = self._addresses.get(name)
-        with contextlib.suppress(OSError, KeyError):        # ssh could not start, or did not end in time: not kept
-            found = found or self._resolve(spark)["hostname"]
+        if found is None or again and not found:
+            found = ""
+            with contextlib.suppress(OSError, KeyError):    # ssh could not start, or did not end in time
+                found = self._resolve(spark)["hostname"]
             with self._lock:
                 self._addresses[name] = found
         return found or spark.host
@@ -1136,7 +1149,7 @@ class Kind(NamedTuple):
     health: str                             # path of its health check
     ask: tuple = ()                         # paths that tell what it has; the first that answers 200 counts
     tell: Callable = lambda doc: {}         # that answer's JSON -> facts for the tile
-    real: Callable = lambda facts: ()       # real requests: (path, body, None = GET, what its JSON answer has); one that is known there
+    real: Callable = lambda facts: ()       # real requests: (path, body, None = GET, whether an answer shows work); one that is known there
     key: str = ""                           # the setting with its key
     base: str = ""                          # where its OpenAI API begins
     busy: str = "unknown"                   # what a 503 to its health check means
@@ -1147,16 +1160,18 @@ def silent_second(facts):
     wav = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 32036, b"WAVEfmt ", 16, 1, 1, 16000, 32000, 2, 16, b"data", 32000) + bytes(32000)
     part = '--sparkctl\r\nContent-Disposition: form-data; name="{}"\r\n\r\n'
     head = part.format("model") + str(facts.get("model") or "whisper-1") + "\r\n" + part.format('file"; filename="silence.wav')
-    return "/v1/audio/transcriptions", head.encode() + wav + b"\r\n--sparkctl--\r\n", "text"
+    return "/v1/audio/transcriptions", head.encode() + wav + b"\r\n--sparkctl--\r\n", lambda said: isinstance(json.loads(said)["text"], str)
 
 
 MODEL = lambda doc: {"model": doc["data"][0]["id"] if "data" in doc else doc["model_id"]}
 HELLO = [{"role": "user", "content": "Hello"}]
-CHAT = lambda facts: ("/v1/chat/completions", {"model": facts.get("model"), "messages": HELLO, "max_tokens": 1}, "choices")
-EMBED = lambda facts: ("/v1/embeddings", {"model": facts.get("model"), "input": "Hello"}, "data")
+CHAT = lambda facts: ("/v1/chat/completions", {"model": facts.get("model"), "messages": HELLO, "max_tokens": 1},
+                      lambda said: isinstance(json.loads(said)["choices"][0]["message"], dict))
+EMBED = lambda facts: ("/v1/embeddings", {"model": facts.get("model"), "input": "Hello"},
+                       lambda said: (vector := json.loads(said)["data"][0]["embedding"]) and all(map(math.isfinite, vector)))
 VOICES = lambda doc: {"voices": [v["id"] if isinstance(v, dict) else v for v in expect("list", doc["voices"])]}
 SPEAK = lambda facts: ("/v1/audio/speech", {"model": "kokoro", "input": "Hello", "voice": (facts.get("voices") or ["af_heart"])[0],
-                                            "response_format": "wav"}, "")
+                                            "response_format": "wav"}, lambda said: said.startswith((b"RIFF", b"ID3", b"OggS", b"fLaC", b"\xff")))
 # Sources: vLLM's own routes; docs.nvidia.com/nim; text-embeddings-inference (/info); Qdrant's openapi.json; Kokoro-FastAPI's
 # routers, where voices are names in older versions and {id, name} in newer ones.
 KINDS = {
@@ -1165,7 +1180,7 @@ KINDS = {
     "tts": Kind("/health", ("/v1/audio/voices",), VOICES, lambda facts: (SPEAK(facts),), base="/v1"),
     "embeddings": Kind("/health", ("/info", "/v1/models"), MODEL, lambda facts: (EMBED(facts),), base="/v1"),
     "qdrant": Kind("/readyz", ("/collections",), lambda doc: {"collections": [c["name"] for c in doc["result"]["collections"]]},
-                   lambda facts: (("/collections", None, "result"),), "QDRANT_API_KEY", busy="loading"),
+                   lambda facts: (("/collections", None, lambda said: isinstance(json.loads(said)["result"]["collections"], list)),), "QDRANT_API_KEY", busy="loading"),
     "nim": Kind("/v1/health/ready", ("/v1/models",), MODEL, lambda facts: (CHAT(facts),), base="/v1", busy="loading"),
     "open-webui": Kind("/health", ("/api/version",), lambda doc: {"version": doc["version"]}), "http": Kind("/")}
 BUILTINS = (("parakeet", "asr", 8001), ("kokoro", "tts", 8880), ("embeddings", "embeddings", 8010),
@@ -1705,19 +1720,20 @@ def parse_spark(out):
         parts[part] += [] if line.startswith("@") else [line]
     for line in parts["files"] + parts["groups"]:
         path, _, said = line.partition(":")
-        files[path].append(said)
+        files[path[:200]].append(said)          # bounded, since a pattern may cost the square of its length
     named = lambda pattern: [(m[1], said) for path, said in files.items() if (m := re.search(pattern + "$", path, re.ASCII))]
     words = lambda pattern: [figure(word) for _, said in named(f"({pattern})") for word in said[0].split()] or [None]
     gpu = next((cells for line in parts["gpu"] if len(cells := line.split(",")) == len(GPU_CELLS)), [])
-    cells = [*map(figure, gpu), *[None] * 4]
+    cells = [v if v is not None and v <= most else None for v, most in zip((*map(figure, gpu), *[None] * 4), (100, 9999, 200, 99999))]
+    memory = parse_meminfo(line for _, said in named("(/meminfo)") for line in said)
     pressure = re.search(r"some avg10=(\d{1,3}\.\d\d)", " ".join(said[0] for _, said in named("(/pressure/memory)")))
     container = r"docker[-/]([0-9a-f]{64})"
-    rows = filter(None, (re.fullmatch(r"([0-9a-f]{64}) ([\w.-]{1,128}) (.*)", line, re.ASCII) for line in parts["docker"]))
-    heat = [t / 1000 for _, said in named("/thermal_zone(.*)/temp") if (t := figure(said[0])) is not None]
+    rows = filter(None, (re.fullmatch(r"([0-9a-f]{64}) ([\w.-]{1,128}) (.*)", line, re.ASCII) for line in parts.get("docker", ())))
+    heat = [t / 1000 for _, said in named(r"/thermal_zone(\d+)/temp") if (t := figure(said[0])) is not None]
     df = [row for line in parts["df"] if len(row := [*map(figure, line.split())]) > 5 and None not in row[1:4]]
     speeds = dict(named("/net/([^/]*)/speed"))
     return {
-        "memory": parse_meminfo(line for _, said in named("(/meminfo)") for line in said),
+        "memory": {k: v for k, v in memory.items() if v <= min(1 << 20, memory.get("MemTotal", 0)) or k.startswith("Swap")},
         "pressure": float(pressure[1]) if pressure else None,
         "gpu": {**dict(zip(("busy", "power_w", "temperature_c", "clock_mhz"), cells)),
                 "driver": printable(gpu[4].strip(), 40)} if gpu else None,
@@ -1744,6 +1760,7 @@ def ledger(facts, owners):
     if not {"MemTotal", "MemAvailable", "MemFree"} <= memory.keys():
         return None
     cache = sum(memory.get(name, 0) for name in ("Buffers", "Cached", "SReclaimable")) - memory.get("Shmem", 0)
+    cache = min(max(0.0, cache), memory["MemTotal"])
     use, dark = collections.Counter(facts["container_gb"]), set()
     for pid, gb in (apps or {}).items():
         use[facts["container_of"].get(pid, "")] += gb or 0
@@ -1945,7 +1962,7 @@ def probe_vllm_endpoint(endpoint, timeout_s=2.0):
         if status_models in (401, 403):
             return Probe("foreign", detail="/v1/models refuses our key: set VLLM_API_KEY to the engine's key")
         cards = json.loads(body)["data"] if status_models == 200 else None
-        served = tuple(printable(str(card["id"]), 300) for card in cards[:64]) if cards else ()
+        served = tuple(printable(card["id"], 300) for card in cards[:64] if isinstance(card["id"], str) and card["id"]) if cards else ()
         said = f"/health says {status}" if status != 200 else f"/v1/models says {status_models}" if status_models != 200 else "it serves no model"
         return Probe("serving", served) if status == 200 and served else Probe("foreign", served, said)
     except OSError as e:
@@ -1976,7 +1993,7 @@ def probe_service(service, endpoint, path="", timeout_s=3.0):
         state = {"serving": "serving", "loading": "down", "silent": silent}.get(probe.state, "unknown")
         return state, "" if probe.served else probe.detail, {"model": probe.served[0], "names": [*probe.served]} if probe.served else {}
     kind, facts, state = KINDS[service.kind], {}, None
-    clean = lambda value: [printable(str(item), 100) for item in value[:100]] if isinstance(value, list) else printable(str(value), 200)
+    clean = lambda value: printable(value, 200) if isinstance(value, str) else [printable(v, 100) for v in value[:100] if isinstance(v, str)]
     try:
         status, _ = endpoint.request("GET", path + service.health, timeout_s=timeout_s)
         well = 200 <= status < 300
@@ -1985,7 +2002,7 @@ def probe_service(service, endpoint, path="", timeout_s=3.0):
             status, body = endpoint.request("GET", path + ask, timeout_s=timeout_s)
             # JSON of another shape tells nothing
             with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-                facts = facts or {k: clean(v) for k, v in kind.tell(json.loads(body)).items()} if status == 200 else facts
+                facts = facts or {k: clean(v) for k, v in kind.tell(json.loads(body)).items() if v} if status == 200 else facts
             detail = f"{ask} says {status}: set {kind.key}" if status in (401, 403) and kind.key else detail
     except (OSError, ValueError, http.client.HTTPException) as e:
         state, detail = (state, detail or f"{ask}: {why_silent(e)[1]}") if state else why_silent(e)
@@ -1995,13 +2012,13 @@ def probe_service(service, endpoint, path="", timeout_s=3.0):
 def ask_for_work(kind, endpoint, path, facts, timeout_s, health=""):
     """One real request to a service of that kind -> how it answered. Raises Refused 502."""
     told = ""
-    for ask, body, has in KINDS[kind].real(facts) or ((health, None, ""),):
+    for ask, body, shows in KINDS[kind].real(facts) or ((health, None, lambda said: True),):
         try:
             status, said = endpoint.request("GET" if body is None else "POST", path + ask, body, timeout_s)
         except (OSError, ValueError, http.client.HTTPException) as e:
             raise Refused(502, "unhealthy", why_silent(e)[1]) from None
-        with contextlib.suppress(ValueError, TypeError, RecursionError):        # not JSON, or no mapping
-            if 200 <= status < 300 and (has in json.loads(said) if has else said or body is None):
+        with contextlib.suppress(ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError):    # not JSON, or of another shape
+            if 200 <= status < 300 and shows(said):
                 return f"{ask} answered"
         told = told or f"{ask} says {status}" + (" and not what it should" if 200 <= status < 300 else "")
         if status not in (400, 404, 405, 501):              # by which a vLLM tells that its model does other work
@@ -2031,12 +2048,11 @@ def parse_vllm_metrics(text_):
 
 
 def vitals_after(old, told, now):
-    """The Vitals at now, monotonic. A counter that is lower than before began again at zero."""
+    """The Vitals at now, monotonic. A counter that is lower than before began again, nobody knows when."""
     facts = {name: told[name] for name in ("running", "waiting", "kv_use") if name in told}
     for name in ("prompt_tokens", "generation_tokens") if old and now > old.at else ():
-        if name in told and name in old.told:
-            grown = told[name] - (old.told[name] if told[name] >= old.told[name] else 0)
-            facts[name.removeprefix("generation_") + "_per_s"] = round(grown / (now - old.at), 1)
+        if name in told and told[name] >= old.told.get(name, math.inf):
+            facts[name.removeprefix("generation_") + "_per_s"] = round((told[name] - old.told[name]) / (now - old.at), 1)
     tokens = lambda of: [of.get(name) for name in ("prompt_tokens", "generation_tokens")]
     still = old and told.get("running") and "generation_tokens" in told and tokens(told) == tokens(old.told)
     return Vitals(now, told, facts, old.frozen + 1 if still else 0)
@@ -3284,6 +3300,7 @@ class Arbiter:
         self._wake = threading.Condition(self._lock)
         self.book = Book()                                  # replaced under _lock
         self._queue = ()                                    # replaced under _lock; tickets, the first one first
+        self._passing = 0                                   # replaced under _lock; fence of the last lease that holding() took
         self._closing = threading.Event()
         self._secret, known = self._read_secret(os.path.join(data_dir, "lock.secret"), warn)
         try:
@@ -3478,6 +3495,7 @@ class Arbiter:
                 news.append(("lock_override", f"{client} overrode the lock of {overridden.holder} for a {what}", overridden.facts(client)))
             elif lease is None and ttl:
                 self._grant_locked(ours, news)
+                self._passing = ours.lease.fence
             elif lease and lease.left() < ttl:
                 self._commit_locked(self.book.replace(lease=lease.extended(ttl)))
         try:
@@ -3794,6 +3812,7 @@ class SwapManager(Arbiter):
 
     def close(self):
         """Stop acting without touching any engine; the journal lets the next start go on."""
+        self.end_lease(self._passing, "sparkctl was told to end")
         self._closing.set()
         with self._lock:
             self._wake.notify_all()
@@ -4881,6 +4900,8 @@ def spark_view(facts, owners, old, light):
     whole = lambda given: given and {k: round(v) if isinstance(v, float) else v for k, v in given.items()}
     gb = lambda name: round(facts["memory"][name], 1) if name in facts["memory"] else None
     memory, gpu, told = facts["memory"], facts["gpu"], []
+    if not memory and facts["hangs"] == "files":
+        return old._replace(state="unknown", detail="its answer tells nothing of a Spark; does its login shell run commands?", failures=old.failures + 1)
     told += [] if "MemTotal" in memory else ["memory unknown"]
     told += [f"{facts['hangs']} hangs on the Spark"] if facts["hangs"] else []
     told += [f"{program} {what[0]}" for program, what in facts["failed"].items()]
@@ -4979,7 +5000,7 @@ class Monitor:
         self._boxes = {}                        # Spark -> Box of its last swap, replaced whole by the one thread of that Spark
         self.history = History()
         self._noticed = None                    # what the last bump told; of the thread `history` alone
-        self._watched = set()                   # names of threads; of start(), then of the thread `config`
+        self._watched = set()                   # names of threads; added by start(), then by the thread `config`; each takes itself out
         self._closing = hub.closing
 
     def start(self):
@@ -5057,12 +5078,14 @@ class Monitor:
         """One look at a slot, unless a swap is at it; then wait for the next."""
         config, before = self._store.current, self.manager.mark(name)
         slot = config.layout.slots.get(name)
-        if slot is None:                        # gone from the file; it may come back
+        if slot is None:                        # gone from the file; if it comes back, so does its thread
             self._vitals.pop("slot-" + name, None)
             with self._lock:
                 self._slots.pop(name, None)
                 self._publish_locked(name, ())
-        elif before[0] is None:
+            self._watched.discard("slot-" + name)
+            return "over"
+        if before[0] is None:
             endpoint = endpoint_of(slot, self._hosts, config.settings)
             probe = probe_vllm_endpoint(endpoint)
             if probe.detail == "no answer in time" and self.slot(name).probe.served:        # who reads a long prompt may be slow to say so
@@ -5089,10 +5112,10 @@ class Monitor:
     def _is_wedged(self, slot, endpoint, probe):
         """Whether requests run, no token comes, no Spark works, and a request of ours fails too; once wedged, until a token comes."""
         vitals, plan = self._vitals.get("slot-" + slot.name), self.manager.book.slots.get(slot.name)
-        power = [gpu["power_w"] or 0 for gpu in [self.spark(host).gpu for host in slot.hosts] if gpu]
+        power = [view.gpu["power_w"] for view in map(self.spark, slot.hosts) if view.state == "ok" and view.gpu and view.gpu["power_w"] is not None]
         was, frozen, facts = self.slot(slot.name).probe.state == "wedged", vitals.frozen if vitals else 0, vitals.facts if vitals else {}
         came = facts.get("tokens_per_s") or facts.get("prompt_tokens_per_s")
-        if came or not was and (frozen < WEDGE_LOOKS or max(power, default=0) >= WEDGE_W):
+        if came or not was and (frozen < WEDGE_LOOKS or max(power, default=WEDGE_W) >= WEDGE_W):      # unknown power proves nothing
             return False
         try:
             return was and frozen > 0 or endpoint.request("POST", *warm_request(probe.served[0], bool(plan and plan.pooling)), WEDGE_CANARY_S)[0] >= 500
@@ -5111,6 +5134,9 @@ class Monitor:
             self._vitals.pop("service-" + name, None)
             with self._lock:
                 self._publish_locked("service:" + name, ())
+            if service is None:
+                self._watched.discard("service-" + name)
+                return "over"
             return self._rest()
         endpoint, path = service_place(service, self._hosts, config.settings)
         state, detail, facts = probe_service(service, endpoint, path)
@@ -5153,6 +5179,7 @@ class Monitor:
             self._hub.bump()
         if old.state not in ("unknown", view.state) and (old.state, view.state) != ("stale", "ok"):
             self._events.add("spark_" + view.state, f"{name} is {view.state}" + (f": {view.detail}" if view.detail else ""), spark=name)
+        self._hosts.address(name, again=True)   # what failed is tried here, where nobody waits for it
         self._rest(lambda poll: 1 if swap else pause_after(poll, view.failures), lambda: swap is None and self._swap_at(name))
 
     def _swap_at(self, name):
@@ -5231,8 +5258,10 @@ DROPPED = dropper(NOT_PASSED)
 
 
 def place_of(config, key):
-    """The Slot, or with "service:" before its name the Service, of that key; None if there is none."""
-    return config.layout.services.get(key[8:]) if key.startswith("service:") else config.layout.slots.get(key)
+    """The Slot, or with "service:" before its name the Service, of that key; None if there is none, or it is disabled."""
+    if not key.startswith("service:"):
+        return config.layout.slots.get(key)
+    return None if key[8:] in config.settings["DISABLED_SERVICES"] else config.layout.services.get(key[8:])
 
 
 def route_model(name, config, served, swap, held):
@@ -6306,9 +6335,13 @@ class App:
 
     def on_spark(self, spark, code, what, script, timeout_s, cancel=None, send=None):
         """Run a script on a Spark for a client. Raises Refused 502 or 504 that tells why what was asked for failed, and what to do."""
+        left = []
+
         def take(pipe, line):
-            with contextlib.suppress(OSError):  # the client left: cancel knows whether that matters
-                return send(printable(line).encode() + b"\n") if pipe == "out" else not line and send(b"")      # a beat: it is at it
+            try:
+                return bool(left) or send(printable(line).encode() + b"\n") if pipe == "out" else not line and send(b"")      # a beat: it is at it
+            except OSError:                     # the client left, or reads nothing: cancel knows whether that matters
+                left.append(pipe)
         got = self.hosts.run(spark, script, timeout_s, cancel, send and take)
         if got.kind != "ok":
             raise Refused(504 if got.kind == "time_out" else 502, code, f"{what}{why_not(got)}", remedy=remedy_for(got, spark))
@@ -7516,6 +7549,7 @@ def serve(store, data_dir, allow_root, demo):
     server.shutdown()                           # no new connections; engines are left running
     app.close()
     server.finish(5)
+    end_children()
     return 0
 
 

@@ -17,6 +17,7 @@ import json
 import marshal
 import os
 import pwd
+import queue
 import random
 import re
 import select
@@ -2177,7 +2178,7 @@ def test_counters_that_begin_again_are_no_negative_rate_and_a_frozen_engine_is_c
     assert first.facts == {"running": 3.0} and first.frozen == 0
     second = sc.vitals_after(first, {**told, "generation_tokens": 1100.0}, 20.0)
     assert second.facts["tokens_per_s"] == 10.0 and second.frozen == 0
-    assert sc.vitals_after(second, {**told, "generation_tokens": 50.0}, 30.0).facts["tokens_per_s"] == 5.0
+    assert "tokens_per_s" not in sc.vitals_after(second, {**told, "generation_tokens": 50.0}, 30.0).facts     # it began anew, nobody knows when
     assert sc.vitals_after(second, second.told, 30.0).frozen == 1 and sc.vitals_after(second, {**second.told, "running": 0}, 30.0).frozen == 0
 
 
@@ -2195,6 +2196,12 @@ def test_an_engine_that_holds_requests_and_makes_no_token_is_wedged_until_it_mak
     before = asked()
     until(lambda: asked() > before + 5)
     assert serves(p)["state"] == "serving" and not posts()          # it draws power: it works, on a long prompt, say
+    for spark in ("spark1", "spark2"):
+        rig.control(spark, "nvidia.json", json.dumps({"power.draw": "[N/A]"}))
+    until(lambda: all(v["gpu"] and v["gpu"]["power_w"] is None for v in spark_state(p).values()))
+    before = asked()
+    until(lambda: asked() > before + 5)
+    assert serves(p)["state"] == "serving" and not posts()          # what it draws is not known, so nothing is
     rig.control("spark1", "nvidia.json", "{}")
     rig.control("spark2", "nvidia.json", "{}")
     until(lambda: serves(p)["state"] == "wedged")
@@ -2230,6 +2237,116 @@ def test_an_engine_that_is_slow_to_answer_is_not_lost_and_a_silent_port_is_not_c
     stub.close()
     until(lambda: serves(p)["state"] == "empty")
     assert any("alpha and now nothing (" in e["text"] for e in p.get("/api/events").json["events"] if e["kind"] == "model_lost")
+
+
+def within_a_minute(job):
+    """What job() returned, which must not take what hostile input could make it take: hours."""
+    done = concurrent.futures.Future()
+    threading.Thread(target=lambda: done.set_result(job()), daemon=True).start()
+    return done.result(60)
+
+
+@pytest.mark.parametrize("line", ["/thermal_zone" * 80000 + ":5", "/net/" * 200000 + ":1", "docker-" + "a" * 64 + "docker/" * 100000 + ":1"],
+                         ids=["heat", "net", "docker"])
+def test_a_line_without_end_costs_the_reader_of_a_spark_no_more_than_its_length(line):
+    assert within_a_minute(lambda: sc.parse_spark(f"{line}\n@groups\n{line}\n@end\n"))["temperature_c"] is None
+
+
+def test_what_ssh_says_without_end_is_read_in_time():
+    hosts = sc.Hosts([sc.Spark("spark1", "spark1", "")])
+    hosts.run_once = lambda *_: sc.Result("unreachable", 255, "", "mux_client_" * 20000)
+    assert within_a_minute(lambda: hosts.run("spark1", "true", 5)).code == 255
+    hosts.close()
+    got = sc.run_process(["sh", "-c", "yes noise | head -c 3000000 >&2; echo last >&2; exit 255"], 60)
+    assert got.code == 255 and got.err.endswith("last\n") and len(got.err) <= 65536
+
+
+def test_an_alias_that_ssh_cannot_resolve_is_asked_for_again_only_by_who_may_wait():
+    hosts, asked, known = sc.Hosts([sc.Spark("spark1", "spark1", "")]), [], {}
+    hosts._resolve = lambda spark: asked.append(spark) or known
+    assert [hosts.address("spark1") for _ in range(3)] == ["spark1"] * 3 and len(asked) == 1
+    known["hostname"] = "10.0.0.7"
+    assert hosts.address("spark1") == "spark1" and hosts.address("spark1", again=True) == "10.0.0.7" == hosts.address("spark1") and len(asked) == 2
+    hosts.close()
+
+
+def test_what_a_spark_tells_that_cannot_be_is_not_told():
+    got = sc.parse_spark("/proc/meminfo:MemTotal: 1000 kB\n/proc/meminfo:MemAvailable: 999999 kB\n/proc/meminfo:MemFree: 10 kB\n"
+                         "@gpu\n999999, 24.0, 999, 2405, 580\n@end\n")
+    assert "MemAvailable" not in got["memory"] and (got["gpu"]["busy"], got["gpu"]["power_w"], got["gpu"]["temperature_c"]) == (None, 24.0, None)
+    empty = sc.parse_spark("")
+    assert empty["containers"] is None and sc.spark_view(empty, {}, sc.SparkView("ok", memory={"total_gb": 1}), False)[:2][0] == "unknown"
+
+
+@pytest.mark.parametrize("kind, well, ill", [
+    ("vllm", {"choices": [{"message": {"content": "."}}]}, [{"choices": []}, {"choices": None}, "no choices here", ["choices"], {"error": {}}]),
+    ("embeddings", {"data": [{"embedding": [0.1, 0.2]}]}, [{"data": []}, {"data": [{"embedding": []}]}, {"data": [{"embedding": [float("nan")]}]}]),
+    ("asr", {"text": ""}, [{"text": None}, {"error": "text"}]),
+    ("qdrant", {"result": {"collections": []}}, [{"result": None, "status": {"error": "x"}}]),
+    ("tts", b"RIFF....WAVE", [{"error": "no voice"}, b"<html>login", b""])])
+def test_only_work_counts_as_work(kind, well, ill):
+    path = {"vllm": "/v1/chat/completions", "embeddings": "/v1/embeddings", "asr": "/v1/audio/transcriptions", "qdrant": "/collections", "tts": "/v1/audio/speech"}[kind]
+    stub = Stub({path: (200, well)}, "127.0.0.1")
+    ask = lambda: sc.ask_for_work(kind, sc.Endpoint("127.0.0.1", stub.port), "", {}, 5)
+    assert ask() == f"{path} answered"
+    for said in ill:
+        stub.answers[path] = (200, said)
+        with pytest.raises(sc.Refused):
+            ask()
+    stub.close()
+
+
+def test_an_engine_whose_models_have_no_name_serves_none():
+    stub = Stub({"/health": (200, b""), "/v1/models": (200, {"data": [{"id": ""}, {"id": None}, {"id": {"x": 1}}]})}, "127.0.0.1")
+    assert sc.probe_vllm_endpoint(sc.Endpoint("127.0.0.1", stub.port)) == sc.Probe("foreign", (), "it serves no model")
+    stub.close()
+
+
+def test_the_thread_of_what_left_the_file_ends():
+    store = types.SimpleNamespace(current=types.SimpleNamespace(settings={"DISABLED_SERVICES": ()}, layout=types.SimpleNamespace(slots={}, services={})))
+    m = sc.Monitor(store, None, sc.Hub(), None)
+    m.manager, m._watched = types.SimpleNamespace(mark=lambda name: (None, ())), {"slot-a", "service-b"}
+    for name, look in (("a", m._look_at_slot), ("b", m._look_at_service)):
+        thread = sc.forever(name, threading.Event(), functools.partial(look, name))
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert not m._watched
+
+
+def test_a_disabled_service_is_sent_no_request_from_the_moment_it_is():
+    config = types.SimpleNamespace(settings={"DISABLED_SERVICES": ()}, layout=types.SimpleNamespace(slots={"main": 1}, services={"v": 2}))
+    assert (sc.place_of(config, "service:v"), sc.place_of(config, "main")) == (2, 1)
+    config.settings["DISABLED_SERVICES"] = ("v",)
+    assert (sc.place_of(config, "service:v"), sc.place_of(config, "main")) == (None, 1)
+
+
+def test_a_client_that_reads_nothing_is_written_to_no_more(tmp_path):
+    tried = []
+
+    def send(data):
+        tried.append(data)
+        raise BlockingIOError
+    def run(spark, script, timeout_s, cancel, take):
+        for _ in range(5):
+            take("out", "line")
+        return sc.Result("ok", 0, "", "")
+    sc.App.on_spark(types.SimpleNamespace(hosts=types.SimpleNamespace(run=run)), "spark1", "x", "", "true", 5, None, send)
+    assert len(tried) == 1
+
+
+def test_what_hangs_ends_with_us_and_the_lock_of_a_restart_too(tmp_path):
+    got = queue.Queue()
+    threading.Thread(target=lambda: got.put(sc.run_process(["sleep", "600"], 500)), daemon=True).start()
+    until(lambda: [p for p in sc.CHILDREN.copy() if p.args == ["sleep", "600"]])
+    sc.end_children()
+    assert got.get(timeout=20).code == -signal.SIGKILL and not [p for p in sc.CHILDREN.copy() if p.args == ["sleep", "600"]]
+    m = manager(tmp_path)
+    with contextlib.suppress(ZeroDivisionError), m.holding("", False, "restart of asr", "127.0.0.1"):
+        assert m.book.lease.holder == "restart of asr"
+        m.close()
+        assert m.book.lease is None
+        1 / 0
 
 
 def test_rings_are_bounded_and_a_minute_is_the_mean_of_what_is_known():
@@ -3954,7 +4071,8 @@ def test_weights_come_with_progress_and_are_cancelled_and_a_services_log_goes_on
     page.get_by_role("button", name="Details of new").click()
     page.get_by_role("button", name="Delete from disk").click()
     sees(page, "Delete new from disk?")
-    page.keyboard.press("Escape")
+    page.locator("#ask").get_by_role("button", name="Delete from disk").click()
+    new.get_by_text("Not on disk").wait_for()
     page.locator(".tile", has_text="gone").click()
     page.get_by_role("button", name="Show log").click()
     page.locator("#service-lines li", has_text="one").wait_for()
@@ -4335,7 +4453,7 @@ def test_only_the_standard_library_and_yaml_are_imported():
 def test_one_function_starts_processes_and_the_file_stays_below_its_limit():
     assert SOURCE.count("subprocess.Popen(") == 1
     assert not re.search(r"subprocess\.(run|call|check_output)|os\.system|shell=True|os\.popen", SOURCE)
-    assert len(SOURCE.splitlines()) < 7600
+    assert len(SOURCE.splitlines()) < 7650
 
 
 def test_importing_has_no_side_effect(tmp_path):
