@@ -5112,10 +5112,11 @@ class Monitor:
     def _is_wedged(self, slot, endpoint, probe):
         """Whether requests run, no token comes, no Spark works, and a request of ours fails too; once wedged, until a token comes."""
         vitals, plan = self._vitals.get("slot-" + slot.name), self.manager.book.slots.get(slot.name)
-        power = [view.gpu["power_w"] for view in map(self.spark, slot.hosts) if view.state == "ok" and view.gpu and view.gpu["power_w"] is not None]
+        known = lambda view: view.state == "ok" and view.gpu and view.gpu["power_w"] is not None
+        power = max(view.gpu["power_w"] if known(view) else math.inf for view in map(self.spark, (plan or slot).hosts))     # unknown proves nothing
         was, frozen, facts = self.slot(slot.name).probe.state == "wedged", vitals.frozen if vitals else 0, vitals.facts if vitals else {}
         came = facts.get("tokens_per_s") or facts.get("prompt_tokens_per_s")
-        if came or not was and (frozen < WEDGE_LOOKS or max(power, default=WEDGE_W) >= WEDGE_W):      # unknown power proves nothing
+        if came or not was and (frozen < WEDGE_LOOKS or power >= WEDGE_W):
             return False
         try:
             return was and frozen > 0 or endpoint.request("POST", *warm_request(probe.served[0], bool(plan and plan.pooling)), WEDGE_CANARY_S)[0] >= 500
@@ -5620,7 +5621,8 @@ def parse_reply_head(head):
     As strict as parse_head: an engine must not be able to put words into our mouth.
     """
     m = LENGTH.search(head)
-    status, lines, chunked, again, streams, retry = parse_reply_rest(head[:m.start()] + head[m.end():] if m else head)
+    rest = head[:m.start()] + head[m.end():] if m else head
+    status, lines, chunked, again, streams, retry = (parse_reply_rest if len(rest) < 4096 else parse_reply_rest.__wrapped__)(rest)
     require(not (m and chunked), "ambiguous framing")
     length = 0 if status in (204, 304) else int(m[1]) if m else None
     return length, status, lines, chunked, again and (chunked or length is not None), streams, retry
@@ -5662,7 +5664,7 @@ def error_body(upstream, client, status, rest, end):
     end.data, until = bytearray(), time.monotonic() + 5
     with contextlib.suppress(OSError, ValueError):
         end.take(rest)
-        while not end.done and len(end.data) < 1 << 20 and (chunk := receive(upstream, client, max(0.0, until - time.monotonic()))):
+        while not end.done and len(end.data) < 1 << 20 and time.monotonic() < until and (chunk := receive(upstream, client, max(0.0, until - time.monotonic()))):
             end.take(chunk)
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         if isinstance(json.loads(end.data)["error"], dict):
@@ -5719,6 +5721,8 @@ def relay(client, request, pool, endpoint, head, feed, sent, close):
                 if at >= 0:
                     got = got[at + 4:]          # 100 Continue and its like
                     continue
+                if request.gone():              # which receive() does not see while an engine trickles
+                    raise ClientGone()
                 chunk = receive(upstream, client, FIRST_BYTE_S)
                 size += len(chunk)
                 require(chunk and size <= READ * 2, "no reply")
@@ -6962,6 +6966,7 @@ class Handler(BaseHTTPRequestHandler):
             # after one of these, what follows on this connection cannot be trusted to be a request
             self.close_connection |= self.unread or e.status in (400, 408, 413, 431, 500)
             self.lingers = self.close_connection
+            e.__traceback__ = None              # its frames hold it, and the body too
             status, size = self.reply(request, e.status, e.body(), e.headers)
         finally:
             if self.reserved:
@@ -7009,7 +7014,9 @@ class Handler(BaseHTTPRequestHandler):
                 if re.search(rb"(?<!\r)\n", self.buffer):
                     raise Refused(400, "bad_request", "a line of the header ends without CR")
                 self.receive(deadline, f"the header was not complete within {HEAD_S:g} s" if self.buffer else None)
-                self.buffer = self.buffer.lstrip(b"\r\n")
+                if not (rest := self.buffer.lstrip(b"\r\n")) and len(self.buffer) > 64:        # a few line ends between requests are enough
+                    raise Refused(400, "bad_request", "line ends without a request")
+                self.buffer = rest
             data = self.buffer
         if not 0 <= end <= HEAD_MAX:
             raise Refused(431, "header_too_large", f"the header is larger than {HEAD_MAX} bytes")
@@ -7167,7 +7174,7 @@ class Handler(BaseHTTPRequestHandler):
             length = len(request.body)
         if name is not None and not isinstance(name, str):
             raise Refused(422, "bad_field", "model must be text", field="model")
-        request.model = name or ""
+        request.model = (name or "")[:300]      # of names that nobody has, what Activity keeps; as long as any may be
         request.where, ticket = app.admit(request, name)
 
         def sent(whole=True):

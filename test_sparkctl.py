@@ -1977,7 +1977,7 @@ STUBS = {      # kind -> what it answers, the facts of its tile, what it is aske
     "qdrant": ({"/readyz": (200, b"all shards are ready"), "/collections": (200, {"result": {"collections": [{"name": "notes"}]}, "status": "ok"})},
                {"collections": ["notes"]}, "/collections"),
     "nim": ({"/v1/health/ready": (200, {"object": "health.response", "status": "ready"}), "/v1/models": (200, {"data": [{"id": "meta/llama"}]}),
-             "/v1/chat/completions": (200, {"choices": []})}, {"model": "meta/llama"}, "/v1/chat/completions"),
+             "/v1/chat/completions": (200, {"choices": [{"message": {"content": "Hi"}}]})}, {"model": "meta/llama"}, "/v1/chat/completions"),
     "open-webui": ({"/health": (200, {"status": True}), "/api/version": (200, {"version": "0.6.1"})}, {"version": "0.6.1"}, "/health"),
     "http": ({"/": (200, b"hello")}, {}, "/"),
 }
@@ -3116,6 +3116,26 @@ def test_an_auto_swap_follows_another_one_and_respects_the_lock(rig, start, tmp_
     assert [s["model"] for s in p.idle()] == ["beta", "alpha"]
 
 
+def test_of_a_refused_request_neither_its_body_nor_a_long_name_is_kept(two):
+    rss = lambda: int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{two.process.pid}/status").read_text())[1]) >> 10        # MiB
+    before = rss()
+    for n in range(8):
+        assert two.post("/v1/completions", {"model": "n" * (20 << 20)}).code == "model_not_found"
+        assert two.post("/v1/completions", {"model": "nope", "prompt": "x" * (20 << 20)}).code == "model_not_found"
+    until(lambda: rss() - before < 100, what="the memory of 320 MiB of refused bodies")
+    assert two.get("/api/activity").json["requests"][1]["model"] == "n" * 200
+
+
+def test_line_ends_without_end_are_no_request(two):
+    with socket.create_connection(("127.0.0.1", two.port), 10) as sock:
+        sock.sendall(b"\r\nGET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")         # one is: RFC 9112, 2.2
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        with contextlib.suppress(OSError):
+            for _ in range(50):
+                sock.sendall(b"\r\n" * 4096)
+        assert b"400" in sock.recv(65536)[:20]
+
+
 def test_those_who_wait_for_an_auto_swap_that_fails_are_told_and_start_no_other(rig, start, tmp_path):
     p = auto(rig, start, tmp_path)
     assert ask(p, "alpha").status == 200
@@ -3131,7 +3151,7 @@ def test_where_a_request_goes_follows_from_what_is_served_and_the_swap_that_runs
     catalog, _ = sc.parse_catalog({"models": {"a": {"repo": "o/a"}, "b": {"repo": "o/b", "aliases": ["bee"]}, "c": {"repo": "o/c"}}}, {}, ())
     slots = {n: sc.Slot(n, ("spark1",), 1, n, "x") for n in ("main", "two")}
     services = {"side": sc.Service("side", "vllm", "spark1", 8000)}
-    config = sc.Config(None, {}, catalog, sc.Layout(slots, {}, services), ())
+    config = sc.Config(sc.parse_settings({}), {}, catalog, sc.Layout(slots, {}, services), ())
     served = {"main": ("a", "o/a"), "two": (), "service:side": ("gemma",), "service:gone": ("ghost",)}
     loading = sc.Swap("s", "main", "b", phase="checking")
 
@@ -4072,7 +4092,8 @@ def test_weights_come_with_progress_and_are_cancelled_and_a_services_log_goes_on
     page.get_by_role("button", name="Delete from disk").click()
     sees(page, "Delete new from disk?")
     page.locator("#ask").get_by_role("button", name="Delete from disk").click()
-    new.get_by_text("Not on disk").wait_for()
+    until(lambda: "weights_deleted" in kinds(zoo), 60, what="the deletion")
+    new.get_by_text("Not on disk").wait_for(timeout=60000)
     page.locator(".tile", has_text="gone").click()
     page.get_by_role("button", name="Show log").click()
     page.locator("#service-lines li", has_text="one").wait_for()
@@ -8729,7 +8750,7 @@ class Rig:
     @staticmethod
     def _lines(path):
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()]
+            return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]      # the last may be being written
         except FileNotFoundError:
             return []
 
