@@ -6339,13 +6339,15 @@ class App:
 
     def on_spark(self, spark, code, what, script, timeout_s, cancel=None, send=None):
         """Run a script on a Spark for a client. Raises Refused 502 or 504 that tells why what was asked for failed, and what to do."""
-        left = []
+        listens = True
 
         def take(pipe, line):
+            nonlocal listens
             try:
-                return bool(left) or send(printable(line).encode() + b"\n") if pipe == "out" else not line and send(b"")      # a beat: it is at it
+                if listens and (pipe == "out" or not line):     # an empty line of err is a beat: it is at it
+                    send(printable(line).encode() + b"\n" if pipe == "out" else b"")
             except OSError:                     # the client left, or reads nothing: cancel knows whether that matters
-                left.append(pipe)
+                listens = False
         got = self.hosts.run(spark, script, timeout_s, cancel, send and take)
         if got.kind != "ok":
             raise Refused(504 if got.kind == "time_out" else 502, code, f"{what}{why_not(got)}", remedy=remedy_for(got, spark))

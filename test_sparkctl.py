@@ -2321,15 +2321,17 @@ def test_a_disabled_service_is_sent_no_request_from_the_moment_it_is():
     assert (sc.place_of(config, "service:v"), sc.place_of(config, "main")) == (None, 1)
 
 
-def test_a_client_that_reads_nothing_is_written_to_no_more(tmp_path):
+@pytest.mark.parametrize("said", [("out", "line"), ("err", "")], ids=["line", "beat"])
+def test_a_client_that_reads_nothing_is_written_to_no_more(said):
     tried = []
 
     def send(data):
         tried.append(data)
         raise BlockingIOError
+
     def run(spark, script, timeout_s, cancel, take):
         for _ in range(5):
-            take("out", "line")
+            take(*said)
         return sc.Result("ok", 0, "", "")
     sc.App.on_spark(types.SimpleNamespace(hosts=types.SimpleNamespace(run=run)), "spark1", "x", "", "true", 5, None, send)
     assert len(tried) == 1
