@@ -595,9 +595,13 @@ def spawn(argv, **streams):
     return subprocess.Popen(argv, start_new_session=True, env={**env, "LC_ALL": "C"}, **streams)
 
 
-def end_process(process):
+def kill_group(process):
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def end_process(process):
+    kill_group(process)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)
     for stream in filter(None, (process.stdin, process.stdout, process.stderr)):
@@ -611,8 +615,7 @@ CHILDREN = set()                # processes of run_process; each is added and ta
 def end_children():
     """Kill what still runs when we end: an ssh that hangs would outlive us. What it began on the Spark is left alone."""
     for process in CHILDREN.copy():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_group(process)
 
 
 class Cancelled(Exception):
@@ -5664,7 +5667,7 @@ def error_body(upstream, client, status, rest, end):
     end.data, until = bytearray(), time.monotonic() + 5
     with contextlib.suppress(OSError, ValueError):
         end.take(rest)
-        while not end.done and len(end.data) < 1 << 20 and time.monotonic() < until and (chunk := receive(upstream, client, max(0.0, until - time.monotonic()))):
+        while not end.done and len(end.data) < 1 << 20 and (left := until - time.monotonic()) > 0 and (chunk := receive(upstream, client, left)):
             end.take(chunk)
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         if isinstance(json.loads(end.data)["error"], dict):
@@ -7176,7 +7179,7 @@ class Handler(BaseHTTPRequestHandler):
             length = len(request.body)
         if name is not None and not isinstance(name, str):
             raise Refused(422, "bad_field", "model must be text", field="model")
-        request.model = (name or "")[:300]      # of names that nobody has, what Activity keeps; as long as any may be
+        request.model = (name or "")[:300]      # Activity keeps it, and clients may make up names of any length
         request.where, ticket = app.admit(request, name)
 
         def sent(whole=True):

@@ -2275,7 +2275,7 @@ def test_what_a_spark_tells_that_cannot_be_is_not_told():
                          "@gpu\n999999, 24.0, 999, 2405, 580\n@end\n")
     assert "MemAvailable" not in got["memory"] and (got["gpu"]["busy"], got["gpu"]["power_w"], got["gpu"]["temperature_c"]) == (None, 24.0, None)
     empty = sc.parse_spark("")
-    assert empty["containers"] is None and sc.spark_view(empty, {}, sc.SparkView("ok", memory={"total_gb": 1}), False)[:2][0] == "unknown"
+    assert empty["containers"] is None and sc.spark_view(empty, {}, sc.SparkView("ok", memory={"total_gb": 1}), False).state == "unknown"
 
 
 @pytest.mark.parametrize("kind, well, ill", [
