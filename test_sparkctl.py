@@ -2981,9 +2981,11 @@ def test_what_a_strict_parser_rejects_never_reaches_the_engine(kept):
 
 def test_what_was_asked_is_listed_and_counted_with_its_tokens(kept):
     p = kept()
+    rows = lambda: p.get("/api/activity").json["requests"]
     p.post("/v1/completions", {"model": "m", "prompt": "x"})
+    until(rows)                         # a row comes after its reply, so that of the next request could overtake it
     p.post("/v1/completions", {"model": "nope\u202e", "prompt": "x"})
-    newest, first = until(lambda: len(rows := p.get("/api/activity").json["requests"]) == 2 and rows)       # a row comes after its reply
+    newest, first = until(lambda: len(got := rows()) == 2 and got)
     assert (first["model"], first["status"], first["prompt_tokens"], first["completion_tokens"], first["served_by"]) == ("m", 200, 3, 4, "main")
     assert 0 < first["first_byte_seconds"] <= first["seconds"] < 5 and first["client"] == "127.0.0.1" and first["tokens_per_second"] > 0
     assert (newest["model"], newest["status"], newest["served_by"], newest["first_byte_seconds"]) == ("nope\ufffd", 404, None, None)
