@@ -4091,7 +4091,7 @@ def test_weights_come_with_progress_and_are_cancelled_and_a_services_log_goes_on
     until(lambda: zoo.get("/api/disk").json["transfers"][0]["state"] == "cancelled")
     zoo.rig.clear("spark1", "hf_pause")
     new.get_by_role("button", name="Download").click()
-    new.get_by_text("On spark1").wait_for()
+    new.get_by_text("On spark1", exact=True).wait_for()         # and not "Incomplete on spark1", as before
     page.get_by_role("button", name="Details of new").click()
     page.get_by_role("button", name="Delete from disk").click()
     sees(page, "Delete new from disk?")
