@@ -3668,7 +3668,7 @@ class SwapManager(Arbiter):
         `queued` until they have cleaned up. Raises Refused 423 without the lock's token, 409, 503, and Answered.
         """
         now = time.time()
-        swap = Swap(f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{secrets.token_hex(2)}", slot, model, started_at=utc(now), forced=force,
+        swap = Swap(f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}-{secrets.token_hex(4)}", slot, model, started_at=utc(now), forced=force,
                     phase_began=now, phases=(("queued", utc(now), None),), from_model=getattr(self.book.slots.get(slot), "model", None), **options)
         if model is None or swap.dry_run:
             swap = dataclasses.replace(swap, rollback=False)
@@ -3717,19 +3717,22 @@ class SwapManager(Arbiter):
                           "lock's holder may replace it yet", {"Retry-After": str(math.ceil(wait))}, eta_seconds=round(wait, 1))
 
     def cancel(self, swap_id, token="", force=False, client=""):
-        """Tell the running swap to end; it cleans up first -> the Swap as it is now. Raises Refused 404, 409, 423."""
+        """Tell a swap to end; it cleans up first, and one that waits its turn ends at its beginning -> the Swap as it is now.
+
+        Raises Refused 404, 409, 423.
+        """
         with self._changing() as news:
             book = self._settle_locked(news)
             s = self.get(swap_id)
-            if s is book.waiting:
-                raise Refused(409, "not_started", "the swap waits for a rollback to give way; cancel it when it runs")
-            if s is not book.running:
+            place = next((k for k in ("running", "waiting") if getattr(book, k) is s), None)
+            if place is None:
                 raise Refused(409, "swap_over", f"the swap is {s.phase} already", phase=s.phase)
             overridden = self.right_locked(token, force)[1] if s.fence and book.lease and s.fence == book.lease.fence else None
             if not s.cancelling:
                 s = dataclasses.replace(s, cancelling=True, seq=s.seq + 1)
-            self._commit_locked(book.replace(running=s), must=False)
-            self._cancel.set()
+            self._commit_locked(book.replace(**{place: s}), must=False)
+            if place == "running":
+                self._cancel.set()
             news.append(("lock_override" if overridden else "swap_cancel", f"{client or 'someone'} cancelled the swap to {s.model or 'nothing'}"
                          + (f" of {overridden.holder} by force" if overridden else ""), {"swap": s.id, "client": client, "holder": s.holder}))
         return s
@@ -3902,7 +3905,7 @@ class SwapManager(Arbiter):
                 news.append(("lock_released", f"the lock of {book.lease.holder} ended with its swap", book.lease.facts()))
             slots = {**book.slots, **(plans or {})}
             self.recent, old = self._kept_of((s, *self.recent), {a["swap"] for a in book.keys.values()})
-            self._cancel.clear()
+            (self._cancel.set if following and following.cancelling else self._cancel.clear)()
             self._commit_locked(book.replace(running=following, waiting=None, lease=lease, slots={k: v for k, v in slots.items() if v}), must=False)
             self._settle_locked(news)
             self._logs.pop(s.id, None)

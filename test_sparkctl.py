@@ -744,6 +744,21 @@ def test_a_rollback_that_ended_well_is_not_owed_to_the_swap_that_waited_for_it(t
     assert m.book.running.id == waits.id and m.book.running.previous is None and not m.gate.is_held("main")
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_swap_that_waits_its_turn_can_be_cancelled_and_ends_at_its_beginning(tmp_path, restarted):
+    m = manager(tmp_path)
+    preview, waits = m.start("main", "beta", dry_run=True), m.start("main", "alpha")
+    assert m._cancel.is_set() and m.cancel(waits.id).cancelling and m.book.running.id == preview.id
+    if restarted:
+        m = manager(tmp_path)
+        assert m.book.waiting.cancelling
+    m._conclude("cancelled")
+    assert m.book.running.id == waits.id and m.book.waiting is None and m._cancel.is_set()
+    m._drive()
+    assert m.get(waits.id).phase == "cancelled" and [name for name, *_ in m.get(waits.id).phases] == ["queued", "cancelled"]
+    assert not m._cancel.is_set() and m.book.running is None
+
+
 def test_requests_are_held_through_a_restart_while_a_swap_that_took_a_rollbacks_place_is_checked(tmp_path):
     m = owes_a_rollback(tmp_path)
     m.start("main", "beta")
