@@ -249,7 +249,7 @@ class Settings(NamedTuple):
 
 def setting_text(raw):
     """A value as YAML or JSON gives it -> the text that the environment would give."""
-    raw = {None: "", True: "on", False: "off"}[raw] if raw is None or isinstance(raw, bool) else raw
+    raw = {None: "", True: "on", False: "off"}[raw] if raw is None or isinstance(raw, bool) else f"{raw:.15g}" if isinstance(raw, float) else raw
     return ",".join(map(str, raw)) if isinstance(raw, (list, tuple)) else str(raw).strip()
 
 
@@ -372,8 +372,8 @@ def entry_of(entries, what, name, **details):
     """entries[name]. Raises Refused 404 with the nearest name that there is."""
     if name in entries:
         return entries[name]
-    hint = nearest(name, entries)
-    message = f"no {what} {printable(name, 80)}" + (f"; did you mean {hint}?" if hint else "") + (", or is it hidden?" if what == "model" else "")
+    hint, where = nearest(name, entries), {"model": "models?hidden=true", "service": "services", "schedule": "schedule", "job": "jobs"}.get(what, "state")
+    message = f"there is no {what} {printable(name, 80)}; " + (f"did you mean {hint}? " if hint else "") + f"GET /api/{where} lists all"
     raise Refused(404, "unknown_" + what, message, nearest=hint, **details)
 
 
@@ -393,9 +393,8 @@ def checked(given, fields, where):
 
 
 def needed(given, *fields):
-    for name in fields:
-        if name not in given:
-            raise Refused(422, "bad_field", f"{name} is needed", field=name)
+    for name in (name for name in fields if name not in given):
+        raise Refused(422, "bad_field", f"{name} is needed: send it", field=name)
 
 
 def choice(*words):
@@ -485,7 +484,7 @@ def write_state(path, doc, code=None):
     except OSError as e:
         log(f"{path} cannot be written: {e.strerror}; a restart now would lose what happened since")
         if code:
-            raise Refused(503, code, f"{path} cannot be written: {e.strerror}") from None
+            raise Refused(503, code, f"{path} cannot be written: {e.strerror}; mend that and ask again") from None
 
 
 def forever(name, closing, step):
@@ -1378,7 +1377,7 @@ class ConfigStore:
                 write_atomic(path, (self.HEADER + now).encode())
                 os.chmod(path, mode)
             except OSError as e:
-                raise Refused(503, what + "_unwritable", f"{path} cannot be written: {e.strerror}; nothing is changed", path=path) from None
+                raise Refused(503, what + "_unwritable", f"{path} cannot be written: {e.strerror}; nothing is changed: mend that and ask again", path=path) from None
             except (ValueError, RecursionError, yaml.YAMLError) as e:
                 raise Refused(422, "bad_field", f"the change cannot be written as YAML: {printable(str(e), 300)}", field="") from None
             self._refresh_locked()
@@ -1851,7 +1850,7 @@ else echo launcher no; fi""")
     if model:
         lines += [HUB, SNAPSHOT, WEIGHTS_COMPLETE, f"r=$h/{quote_arg(repo_dir(model.repo))}; snapshot \"$r\"" if model.repo else f"s={quote_arg(model.local_path)} r=",
                   r"""if [ -n "$s" ] && [ -d "$s" ]; then printf 'weights %s\nreal %s\n' "$s" "$(readlink -f "$s")"; lacks "$s" "$r"
-echo weights_kb $(cd "$s" && loaded . | tr '\n' '\0' | xargs -0 -r du -cLk -- 2>/dev/null | tail -n 1 | cut -f 1); fi"""]
+echo weights_kb $(cd "$s" && loaded . | tr '\n' '\0' | xargs -0 -r du -cLk --apparent-size -- 2>/dev/null | tail -n 1 | cut -f 1); fi"""]
     return "\n".join([*lines, "echo @@", spark_script()])
 
 
@@ -2336,7 +2335,8 @@ def webhook_payload(s):
             "phases": [{"phase": p, "seconds": took} for p, _, took in s.phases]}
 
 
-LEASE_MAX_S = 86400
+LEASE_MAX_S, END_LOCK = 86400, "or end its lock: DELETE /api/swap/lock?force=true"
+SWAP_ENDS = {"ready": "complete", "failed": "failed", "cancelled": "cancelled"}        # outcome -> how its event is called: swap_…
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3287,6 +3287,13 @@ class Answered(Exception):
     """This Idempotency-Key was answered before."""
 
 
+def busy_with(s):
+    """The refusal of who comes while a swap runs."""
+    said = f"a swap to {s.model or 'nothing'} is running on {s.slot} ({s.phase}): wait for its end (GET /api/swap/{s.id}?wait=600), or cancel it"
+    return Refused(409, "swap_running", said, {"Retry-After": str(max(1, math.ceil(s.eta_seconds or 10)))},
+                   swap=s.id, model=s.model, phase=s.phase, eta_seconds=s.eta_seconds)
+
+
 class Arbiter:
     """Who may act: the lease and the queue for it, Idempotency-Keys, and the journal that they share with the swap.
 
@@ -3399,31 +3406,30 @@ class Arbiter:
             lease = self._settle_locked(news).lease
             ticket = types.SimpleNamespace(holder=holder, ttl=ttl, note=note, client=client, swap=swap, told=told, lease=None, new=False)
             if token and not (lease and self._is_token(lease, token)):      # silence would hide that the lock was not exclusive
-                raise Refused(409, "lock_lost", "the lock of this token is over: take it again without the token", **(lease.public() if lease else {}))
+                raise Refused(409, "lock_lost", "the lock of this token is over: see what serves now, and take the lock again without the token", **(lease.public() if lease else {}))
             if lease and token:
                 if holder and lease.holder != holder:
-                    raise Refused(422, "bad_field", f"holder must be {lease.holder}, whose token was sent", field="holder")
+                    raise Refused(422, "bad_field", f"holder must be {lease.holder}, whose token was sent, or be left out", field="holder")
                 ticket.lease = lease.extended(ttl)
                 self._commit_locked(self.book.replace(lease=ticket.lease))
                 news.append(("lock_extended", f"{lease.holder} holds the lock for {ttl:g} s more", lease.facts(client)))
             elif not lease:
                 self._grant_locked(ticket, news)
             elif not queue_up:
-                raise self.held_locked(409, "lock_held")
+                raise self.held_locked(409, "lock_held", f"stand in its queue with `wait` (seconds), {END_LOCK}")
             elif len(self._queue) >= self.QUEUE:
-                raise Refused(429, "queue_full", f"{self.QUEUE} others wait for the lock", {"Retry-After": "60"})
+                raise Refused(429, "queue_full", f"{self.QUEUE} others wait for the lock: try again in a minute", {"Retry-After": "60"})
             else:
                 self._queue += (ticket,)
         return ticket
 
-    def held_locked(self, status, code):
-        """The refusal that says who holds the lock, until when, and what runs."""
+    def held_locked(self, status, code, remedy):
+        """The refusal that says who holds the lock, until when, what runs, and what to do."""
         lease, running = self.book.lease, self.book.running
         doing = {"swap": running.id, "phase": running.phase, "swap_eta_seconds": running.eta_seconds} if running else {}
         told = lease.public(len(self._queue))
         del told["locked"]
-        return Refused(status, code, f"{lease.holder} holds the lock until {told['expires_at']}" + (f" ({lease.note})" if lease.note else "")
-                       + "; take the lock with a `wait`, or overrule it with force=true",
+        return Refused(status, code, f"{lease.holder} holds the lock until {told['expires_at']}" + (f" ({lease.note})" if lease.note else "") + "; " + remedy,
                        {"Retry-After": str(max(1, math.ceil(lease.left())))}, **told, eta_seconds=told["expires_in"], **doing)
 
     def leave(self, ticket, drop=False):
@@ -3432,7 +3438,7 @@ class Arbiter:
             lease = self._settle_locked(news).lease
             if ticket in self._queue:
                 self._queue = tuple(t for t in self._queue if t is not ticket)
-                return self.held_locked(409, "lock_held")
+                return self.held_locked(409, "lock_held", f"it was not given back while you waited: wait longer, {END_LOCK}")
             if drop and ticket.new and lease and lease.fence == ticket.lease.fence:
                 self._end_locked(news, "lock_released", f"the lock of {lease.holder} ended: its holder went away")
 
@@ -3445,7 +3451,7 @@ class Arbiter:
             elif lease and force:
                 self._end_locked(news, "lock_override", f"{client or 'someone'} ended the lock of {lease.holder} by force", client, must=True)
             elif lease:
-                raise Refused(403, "lock_token_wrong", f"only the token of {lease.holder} ends its lock; send it as X-Swap-Lock-Token, or force=true",
+                raise Refused(403, "lock_token_wrong", f"only the token of {lease.holder} ends its lock: send it as X-Swap-Lock-Token, or overrule with ?force=true",
                               holder=lease.holder, expires_at=lease.public()["expires_at"])
         return lease is not None
 
@@ -3481,8 +3487,8 @@ class Arbiter:
         if force or (self._is_token(lease, token) if lease else not token):
             return (None, lease) if lease and not self._is_token(lease, token) else (lease, None)
         if not lease:                           # as a fence: whoever thinks that it holds the lock must learn that it does not
-            raise Refused(409, "lock_lost", "the lock of this token is over: take the lock again")
-        raise self.held_locked(423, "swap_locked")
+            raise Refused(409, "lock_lost", "the lock of this token is over: see what serves now, and take the lock again")
+        raise self.held_locked(423, "swap_locked", "take the lock after it (POST /api/swap/lock with `wait`), or overrule it with ?force=true")
 
     @contextlib.contextmanager
     def holding(self, token, force, what, client, ttl=150):
@@ -3492,8 +3498,7 @@ class Arbiter:
             self._settle_locked(news)
             (lease, overridden), running = self.right_locked(token, force), self.book.running
             if running and not force:
-                said = f"a swap to {running.model or 'nothing'} is running on {running.slot}"
-                raise Refused(409, "swap_running", said, swap=running.id, phase=running.phase)
+                raise busy_with(running)
             if overridden:
                 news.append(("lock_override", f"{client} overrode the lock of {overridden.holder} for a {what}", overridden.facts(client)))
             elif lease is None and ttl:
@@ -3515,7 +3520,7 @@ class Arbiter:
         if not found or found["at"] < time.time() - self.KEY_S:
             return None
         if found["print"] != key[1]:
-            raise Refused(422, "idempotency_mismatch", "this Idempotency-Key was used for another request")
+            raise Refused(422, "idempotency_mismatch", "this Idempotency-Key was used for another request: take a new one")
         return found
 
     def _keyed(self, book, key, swap, slot, model, lease):
@@ -3575,7 +3580,7 @@ class SwapManager(Arbiter):
         for s in (book.running, book.waiting, *self.recent):
             if s and s.id == swap_id:
                 return s
-        raise Refused(404, "unknown_swap", f"no swap {printable(swap_id, 80)}; the last {self.KEEP} are kept")
+        raise Refused(404, "unknown_swap", f"there is no swap {printable(swap_id, 80)}; GET /api/swap lists the last {self.KEEP}")
 
     def mark(self, slot):
         """(id of the swap that has touched the slot or None, the last one that ended): equal marks mean nothing happened."""
@@ -3650,7 +3655,7 @@ class SwapManager(Arbiter):
         """What a swap of slot to model would check and run, vLLM's parser always included; nothing is touched -> JSON. Raises Refused 409."""
         config = self._config()
         if not self._validating.acquire(blocking=False):        # the parser takes 600 MB of a Spark's memory
-            raise Refused(409, "validate_running", "another validation is under way", {"Retry-After": "10"})
+            raise Refused(409, "validate_running", "another validation is under way: ask again when it is over", {"Retry-After": "10"})
         try:
             plan, checks = plan_of(*self.examine(config, slot, model, thorough=True))
         finally:
@@ -3681,9 +3686,7 @@ class SwapManager(Arbiter):
             running = book.running
             gives_way = running and (running.dry_run or running.rollback_of and running.slot == slot)
             if running and (not gives_way or book.waiting or swap.dry_run):
-                busy = book.waiting or running
-                raise Refused(409, "swap_running", f"a swap to {busy.model or 'nothing'} is running on {busy.slot} ({busy.phase})",
-                              swap=busy.id, model=busy.model, phase=busy.phase, eta_seconds=busy.eta_seconds)
+                raise busy_with(book.waiting or running)
             if not swap.dry_run:
                 self._judge(swap, now)
             if lease:
@@ -3708,13 +3711,13 @@ class SwapManager(Arbiter):
             told = [{"swap": s.id, "ended_at": s.ended_at, **{k: s.error.get(k) for k in ("code", "message", "remedy")}} for s in failed]
             wait = max(1.0, parse_utc(failed[2].ended_at) + 3600 - now)
             raise Refused(409, "model_failing", f"{swap.model} failed to load {len(failed)} times in an hour: {failed[0].error['message']}; "
-                          "force=true tries again", {"Retry-After": str(math.ceil(wait))}, failures=told)
+                          "mend it, or try once more with ?force=true", {"Retry-After": str(math.ceil(wait))}, failures=told)
         last = next((s for s in self.recent if s.slot == swap.slot and s.phase == "ready" and s.model and not s.dry_run), None)
         least = self._config().settings["MIN_SERVING_SECONDS"]
         if swap.automatic and last and self.book.slots.get(swap.slot) and 0 <= now - parse_utc(last.ended_at) < least:
             wait = parse_utc(last.ended_at) + least - now
             raise Refused(409, "serving_too_short", f"{last.model} serves for less than {least:g} s (MIN_SERVING_SECONDS); only a person or a "
-                          "lock's holder may replace it yet", {"Retry-After": str(math.ceil(wait))}, eta_seconds=round(wait, 1))
+                          "lock's holder may replace it yet: ask again then", {"Retry-After": str(math.ceil(wait))}, eta_seconds=round(wait, 1))
 
     def cancel(self, swap_id, token="", force=False, client=""):
         """Tell a swap to end; it cleans up first, and one that waits its turn ends at its beginning -> the Swap as it is now.
@@ -3726,7 +3729,8 @@ class SwapManager(Arbiter):
             s = self.get(swap_id)
             place = next((k for k in ("running", "waiting") if getattr(book, k) is s), None)
             if place is None:
-                raise Refused(409, "swap_over", f"the swap is {s.phase} already", phase=s.phase)
+                raise Refused(409, "swap_over", f"the swap is {s.phase} already: there is nothing to cancel, and POST /api/swap begins another",
+                              phase=s.phase)
             overridden = self.right_locked(token, force)[1] if s.fence and book.lease and s.fence == book.lease.fence else None
             if not s.cancelling:
                 s = dataclasses.replace(s, cancelling=True, seq=s.seq + 1)
@@ -3910,8 +3914,7 @@ class SwapManager(Arbiter):
             self._settle_locked(news)
             self._logs.pop(s.id, None)
             if not s.dry_run:
-                told = {"ready": "swap_complete", "failed": "swap_failed", "cancelled": "swap_cancelled"}[phase]
-                news.append((told, f"{s.model or 'unload'} on {s.slot}: {phase}" + (f", {s.error['message']}" if s.error else ""), {
+                news.append((f"swap_{SWAP_ENDS[phase]}", f"{s.model or 'unload'} on {s.slot}: {phase}" + (f", {s.error['message']}" if s.error else ""), {
                     "swap": s.id, "slot": s.slot, "model": s.model, "rollback_of": s.rollback_of, "holder": s.holder, "payload": webhook_payload(s)}))
         if not (following and following.slot == s.slot and (rollback or following.rollback_of or following.previous)):
             self.gate.release(s.slot)
@@ -3924,6 +3927,13 @@ class SwapManager(Arbiter):
 # === 10 coordination ==========================================================
 # How others are told, and when what is due: events (the audit log), webhooks, schedules of others (shown, never
 # run), jobs of our own (through the same lock and swap as anyone else). Cron expressions count in local time.
+
+# Every kind of event: what WEBHOOK_EVENTS can name, and counters have from the start.
+EVENTS = tuple("""swap_started swap_cancel swap_complete swap_failed swap_cancelled dry_run lock_acquired lock_extended lock_released lock_expired
+    lock_override model_changed model_lost engine_wedged engine_recovered job_set job_removed job_ok job_failed schedule_set schedule_removed
+    download_started download_complete download_failed download_cancelled weights_deleted service_serving service_loading service_down
+    service_unreachable service_unknown service_restart spark_ok spark_unreachable catalog_changed settings_changed config_changed started stopped
+    state_lost""".split())
 
 
 class Events:
@@ -4198,7 +4208,7 @@ class Register:
                 entry_of(self.entries, self._what, key)     # Refused, if there is none to drop
             entries = {k: v for k, v in self.entries.items() if k != key} | ({key: entry} if entry is not None else {})
             if len(entries) > self.MOST:
-                raise Refused(409, "too_many", f"at most {self.MOST} are kept")
+                raise Refused(409, "too_many", f"at most {self.MOST} are kept: delete one first")
             write_state(self._path, {"entries": entries}, "state_unwritable" if must else None)
             self.entries = entries
         self._hub.bump()
@@ -4614,6 +4624,13 @@ def job_of(t):
     return f"{t['id']}-{t['step']}-{t['attempt']}"
 
 
+def moving_with(t):
+    """The refusal of who comes while a transfer runs."""
+    what, cancel = t["steps"][t["step"]][0], f", or cancel it first: DELETE /api/models/{t['model']}/download"
+    return Refused(409, "transfer_running", f"a {what} of {t['model']} is running on {', '.join(sorted(on_hosts(t)))}: wait for its end"
+                   + (cancel if what != "delete" else ""), transfer=t["id"])
+
+
 class Transfers:
     """What moves and removes weights. For each Spark a thread `weights-NAME` looks at the transfer that it is the source of."""
 
@@ -4638,9 +4655,14 @@ class Transfers:
     def running(self):
         return [t for t in self.register.entries.values() if t["state"] == "running"]
 
-    def shown(self, running=False):
-        """As the API shows them, newest first: those that run, or the last ten."""
-        for t in reversed(self.running() if running else list(self.register.entries.values())[-10:]):
+    def failed(self):
+        """Those that failed, and after which none of the same model began."""
+        last = {t["model"]: t for t in self.register.entries.values()}
+        return [t for key, t in last.items() if t["state"] == "failed" and key in self._config().models]
+
+    def shown(self, rows=None):
+        """rows, or the last ten, as the API shows them, newest first."""
+        for t in reversed(list(self.register.entries.values())[-10:] if rows is None else rows):
             kind, host, _ = t["steps"][min(int(t["step"]), len(t["steps"]) - 1)]
             job, now = self._now.get(t["source"], ("", {}))
             now = {**self.NOTHING, **(now if job == job_of(t) else {})}
@@ -4679,10 +4701,8 @@ class Transfers:
 
         def put(old):                           # the register holds its lock, so of two that want a Spark one sees the other
             for t in self.running():
-                shared = ", ".join(sorted(on_hosts(t) & on_hosts(new)))
-                if shared and (t["repo"] == model.repo or "delete" not in (what, t["steps"][0][0])):
-                    said = f"{t['model']}: a {t['steps'][t['step']][0]} is running on {shared}"
-                    raise Refused(409, "transfer_running", said, transfer=t["id"])
+                if on_hosts(t) & on_hosts(new) and (t["repo"] == model.repo or "delete" not in (what, t["steps"][0][0])):
+                    raise moving_with(t)
             return new
         for old in [t["id"] for t in self.register.entries.values() if t["state"] != "running"][:-self.KEEP]:
             self._drop(old)
@@ -4722,7 +4742,7 @@ class Transfers:
         """End the running transfers of a model; told again, also where a Spark does not answer -> their ids. Raises Refused 404."""
         mine = [t for t in self.running() if t["model"] == key and t["steps"][0][0] != "delete"]
         if not mine:
-            raise Refused(404, "no_transfer", f"no transfer of {key} is running")
+            raise Refused(404, "no_transfer", f"no transfer of {key} is running: there is nothing to cancel (GET /api/disk lists the last ones)")
         for t in mine:
             if t.get("cancelling"):
                 self._end(t, "cancelled")
@@ -4755,7 +4775,7 @@ class Transfers:
             said = f"{client} deleted {model.repo} on {', '.join(gone)}: {sum(row['freed_bytes'] for row in rows) / GIB:.1f} GB"
             self._events("weights_deleted", said, model=model.key, client=client)
         if bad:
-            raise Refused(502, "delete_failed", "; ".join(f"{row['host']}: {row['error']}" for row in bad), hosts=rows)
+            raise Refused(502, "delete_failed", "; ".join(f"{row['host']}: {row['error']}: {row['remedy'] or 'mend that'}" for row in bad) + "; then delete again", hosts=rows)
         return rows
 
     # --- acting
@@ -5262,6 +5282,8 @@ def dropper(names):
 NOT_PASSED = (*HOP_BY_HOP, "set-cookie", "x-request-id", "strict-transport-security", "content-security-policy",
               "access-control-allow-origin", "access-control-allow-credentials", "alt-svc", "clear-site-data", "refresh", "location")
 DROPPED = dropper(NOT_PASSED)
+NO_SPARK = "no Spark is configured: set SPARK1_HOST and start again, or try --demo"
+NO_RETRY, MOST_WAIT_S = {"Retry-After": "30", "x-should-retry": "false"}, 60       # OpenAI's SDKs obey the second before all else, and wait for no longer
 
 
 def place_of(config, key):
@@ -5281,26 +5303,27 @@ def route_model(name, config, served, swap, held):
     swap = None if swap is None or swap.dry_run or swap.slot not in slots else swap
     held = held and swap is not None
     if name is None and not slots:
-        raise Refused(503, "no_slots", "no Spark is configured; set SPARK1_HOST")
+        raise Refused(503, "no_slots", NO_SPARK, NO_RETRY)
     main = "main" if name is not None or "main" in slots else next(iter(slots))
     for key, ids in served.items():
         if (name in ids if name is not None else key == main and ids) and not (held and key == swap.slot) and place_of(config, key):
             return key, False
-    wait = {"Retry-After": str(max(1, math.ceil(swap and swap.eta_seconds or 30)))}
+    wait = {"Retry-After": str(min(MOST_WAIT_S, max(1, math.ceil(swap.eta_seconds or 30))))} if swap else NO_RETRY
+    serving = sorted({ids[0] for ids in served.values() if ids})
     if name is None:
         if swap and swap.slot == main and swap.model:
             return main, True
-        raise Refused(503, "nothing_served", f"slot {main} serves no model now; start one: POST /api/swap", wait)
+        raise Refused(503, "nothing_served", f"slot {main} serves no model now: name another of GET /v1/models, or start one (POST /api/swap)", wait)
     if len(name) > 300:
-        raise Refused(404, "model_not_found", "no model has so long a name")
+        raise Refused(404, "model_not_found", "no model has so long a name: GET /v1/models lists them")
     if swap and name in getattr(swap.plan or config.models.get(swap.model), "served_names", ()):
         return swap.slot, True
     if held and (name in served.get(swap.slot, ()) or swap.previous and name in swap.previous.served_names):
-        raise Refused(503, "model_leaving", f"{name} is being replaced by {swap.model or 'nothing'}", wait)
+        raise Refused(503, "model_leaving", f"{name} is being replaced by {swap.model or 'nothing'}: ask for that, or later", wait)
     if config.find(name):
-        raise Refused(503, "model_not_serving", f"{name} is in the catalog and not served now; start it: POST /api/swap", wait,
-                      serving=sorted({ids[0] for ids in served.values() if ids}))
-    raise Refused(404, "model_not_found", f"the model {printable(name, 200)} does not exist",
+        raise Refused(503, "model_not_serving", f"{name} is in the catalog and not served now, as {', '.join(serving) or 'nothing'} is: "
+                      "start it (POST /api/swap), or set AUTO_SWAP", wait, serving=serving)
+    raise Refused(404, "model_not_found", f"the model {printable(name, 200)} does not exist: GET /v1/models lists what is served",
                   available=sorted({i for ids in served.values() for i in ids})[:50], nearest=nearest(name, config.models))
 
 
@@ -5316,8 +5339,6 @@ def model_of_form(data, content_type):
 
 NOTHING = {}
 COUNTED = [re.compile(rb'"(?:%b)_tokens"\s*:\s*(\d{1,9})\b' % names) for names in (b"prompt|input", b"completion|output")]
-
-
 BRACKETS = ("{", 1), ("[", 1), ("}", -1), ("]", -1)
 VALUE_OF_KEY = re.compile(r'[ \t\r\n]*:[ \t\r\n]*("?)(null)?')
 
@@ -5675,11 +5696,11 @@ def error_body(upstream, client, status, rest, end):
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         if isinstance(json.loads(end.data)["error"], dict):
             return bytes(end.data)
-    return to_json(Refused(status, "engine_error", "the engine answered with an error").body())
+    return to_json(Refused(status, "engine_error", "the engine answered with an error of another shape than OpenAI's: its log has the cause").body())
 
 
 STATUS_LINES = {status: f"HTTP/1.1 {status} {http.client.responses.get(status, 'Reply')}".encode() for status in range(200, 600)}
-BROKEN = Refused(502, "engine_failed", "the engine ended the stream before it was over").body()
+BROKEN = Refused(502, "engine_failed", "the engine ended the stream before it was over: ask again, or see its log").body()
 
 
 def begin(pool, endpoint, data):
@@ -5706,7 +5727,7 @@ def relay(client, request, pool, endpoint, head, feed, sent, close):
     try:
         upstream, count = begin(pool, endpoint, whole)
     except OSError:
-        raise Refused(502, "engine_unreachable", "the engine does not answer") from None
+        raise Refused(502, "engine_unreachable", "the engine does not answer: ask again, or see GET /api/state why") from None
     try:
         try:
             fed = False
@@ -5741,9 +5762,9 @@ def relay(client, request, pool, endpoint, head, feed, sent, close):
                 length, chunked, end = len(rest), False, BodyEnd(len(rest), False)
             part = end.take(rest)
         except TimeoutError:
-            raise Refused(504, "engine_timeout", "the engine did not begin to answer in time") from None
+            raise Refused(504, "engine_timeout", f"the engine did not begin to answer within {FIRST_BYTE_S:g} s: ask for less, or see GET /api/health/deep") from None
         except (OSError, ValueError):
-            raise Refused(502, "engine_failed", "the engine ended the request without an answer") from None
+            raise Refused(502, "engine_failed", "the engine ended the request without an answer: ask again, or see its log") from None
         framing = b"\r\nTransfer-Encoding: chunked" if chunked else b"" if length is None or status in (204, 304) else b"\r\nContent-Length: %d" % length
         again, close = again and fed and len(part) == len(rest), close or not fed or not chunked and length is None
         size, tail, most = len(part), collections.deque((part[-4096:],), 4), READ
@@ -5825,21 +5846,17 @@ def parse_head(head):
     """
     lines = head.split(b"\r\n")
     m = REQUEST_LINE.fullmatch(lines[0])
-    bare = head.replace(b"\r\n", b"")
-    if not m or not m[2].startswith(b"/") or b"#" in m[2] or b"\n" in bare or b"\r" in bare:
-        raise Refused(400, "bad_request", "malformed request line or header")
     if len(lines) > FIELDS_MAX:
-        raise Refused(431, "too_many_headers", f"more than {FIELDS_MAX} header fields")
+        raise Refused(431, "too_many_headers", f"more than {FIELDS_MAX} header fields: send fewer")
     found = [FIELD.fullmatch(line) for line in lines[1:]]
-    if not all(found):
-        raise Refused(400, "bad_request", "malformed header field")
+    if not m or not m[2].startswith(b"/") or b"#" in m[2] or re.search(rb"(?<!\r)\n|\r(?!\n)", head) or not all(found):
+        raise Refused(400, "bad_request", f"malformed {'header field' if m and not all(found) else 'request line or header'}: see what the client sends")
     request = Request(m[1].decode(), m[2].decode(), int(m[3]), [(f[1].decode(), f[2].strip(b" \t").decode("latin-1")) for f in found])
     count = collections.Counter(k.lower() for k, _ in request.fields)
     length, coding = request.headers.get("content-length", "0"), request.headers.get("transfer-encoding")
-    if max(count["content-length"] + count["transfer-encoding"], count["host"]) > 1:
-        raise Refused(400, "bad_request", "the framing or Host of the request is ambiguous")
-    if coding is not None and (coding.lower() != "chunked" or request.minor == 0) or not re.fullmatch(r"\d{1,15}", length, re.ASCII):
-        raise Refused(400, "bad_request", "bad Transfer-Encoding or Content-Length")
+    if max(count["content-length"] + count["transfer-encoding"], count["host"]) > 1 or not re.fullmatch(r"\d{1,15}", length, re.ASCII) \
+            or coding is not None and (coding.lower() != "chunked" or request.minor == 0):
+        raise Refused(400, "bad_request", "its framing or Host is ambiguous: send one Content-Length, or Transfer-Encoding: chunked, and one Host")
     return request, -1 if coding else int(length)
 
 
@@ -5861,14 +5878,12 @@ def host_allowed(host, allowed):
 def guard(request, settings, is_open):
     """Who may speak: raises Refused 421, 403 or 401. is_open: needs no key."""
     if not host_allowed(request.headers.get("host", "localhost" if request.minor == 0 else ""), settings["SPARKCTL_ALLOWED_HOSTS"]):
-        raise Refused(421, "host_refused", "this Host name is not ours; add it to SPARKCTL_ALLOWED_HOSTS")
+        raise Refused(421, "host_refused", "this Host name is not ours: add it to SPARKCTL_ALLOWED_HOSTS, or use the IP address")
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
-    if site == "cross-site" and not is_open:    # some that only read cost the Sparks something
-        raise Refused(403, "origin_refused", "a page of another origin may not do this")
-    if request.method not in ("GET", "HEAD", "OPTIONS"):
-        same = origin is not None and origin.partition("://")[2].lower() == request.headers.get("host", "").lower()
-        if site not in (None, "same-origin", "none") or origin is not None and not same:
-            raise Refused(403, "origin_refused", "a page of another origin may not do this")
+    writes = request.method not in ("GET", "HEAD", "OPTIONS")
+    strange = origin is not None and origin.partition("://")[2].lower() != request.headers.get("host", "").lower()
+    if site == "cross-site" and not is_open or writes and (strange or site not in (None, "same-origin", "none")):       # some that only read cost the Sparks something
+        raise Refused(403, "origin_refused", "a page of another origin may not do this: use sparkctl's own page, or no browser")
     key = settings["SPARKCTL_API_KEY"]
     if key and not is_open:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -5885,22 +5900,21 @@ def parse_json(body):
             require(count == 1, f"the key {key!r} is given twice")
         return dict(pairs)
 
-    def constant(name):
-        raise ValueError(f"{name} is not JSON")
+    constant = lambda name: require(False, f"{name} is not JSON")
     try:
         got = json.loads(body.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=constant) if body.strip() else {}
     except (ValueError, RecursionError) as e:
         known = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
-        raise Refused(400, "bad_json", f"the body is {known.get(type(e), f'not JSON: {printable(str(e), 200)}')}") from None
+        raise Refused(400, "bad_json", f"the body must be a JSON object in UTF-8, and is {known.get(type(e), f'not JSON: {printable(str(e), 200)}')}") from None
     if not isinstance(got, dict):
-        raise Refused(400, "bad_json", "the body must be a JSON object")
+        raise Refused(400, "bad_json", "the body must be a JSON object, as in {\"model\": \"KEY\"}")
     return got
 
 
 def pick_slot(config, name):
     slots = config.layout.slots
     if not slots:
-        raise Refused(409, "no_slots", "no Spark is configured; set SPARK1_HOST (or try --demo)")
+        raise Refused(409, "no_slots", NO_SPARK)
     if name is None:
         return slots.get("main") or next(iter(slots.values()))
     return entry_of(slots, "slot", name, known=list(slots))
@@ -5908,12 +5922,10 @@ def pick_slot(config, name):
 
 def wide_enough(model, slot):
     if model.mode == "cluster" and len(slot.hosts) < 2:
-        raise Refused(409, "needs_cluster", f"{model.key} is a cluster model, and slot {slot.name} has one Spark", slot=slot.name)
+        raise Refused(409, "needs_cluster", f"{model.key} is a cluster model, and slot {slot.name} has one Spark: name another slot, or give it more hosts", slot=slot.name)
 
 
 SWAP_STATUS = {"ready": 200, "planned": 200, "failed": 502, "cancelled": 409}
-
-
 # What a job does: f(app, job, tell, id of a swap that it began before a restart) -> what came of it. Raises Refused.
 
 
@@ -6038,7 +6050,7 @@ class App:
         starts = (e.get("settings") for e in self.events.since(0) if e["kind"] == "started")
         before = next((given for given in starts if isinstance(given, dict)), values)
         if changed := sorted(k for k in values.keys() | before.keys() if values.get(k) != before.get(k)):
-            said = ", ".join(f"{k} = {values.get(k, 'default')}" for k in changed)
+            said = ", ".join(f"{k} = {setting_text(values.get(k, 'default'))}" for k in changed)
             self.events.add("settings_changed", f"since the last start: {said}", names=changed)
         self.events.add("started", f"sparkctl {VERSION} was started", settings=values)
         self.swaps.begin()
@@ -6124,14 +6136,14 @@ class App:
                 "services": self.tiles(config),
                 "swap": running and running.public(), "last": next((s.public() for s in recent if not s.dry_run), None),
                 "lock": self.swaps.lock_info(), "schedules": schedules, "conflicts": conflicts, "jobs": self.jobs.shown(),
-                "transfers": list(self.transfers.shown(running=True)),
+                "transfers": list(self.transfers.shown(self.transfers.running())), "failed_transfers": list(self.transfers.shown(self.transfers.failed())),
                 "events": self.events.since(0, 50), "settings": config.settings.public()}
 
     @contextlib.contextmanager
     def parking(self):
         """Around whatever keeps a connection waiting. Raises Refused 503 if too many do."""
         if not self._parked.acquire(blocking=False):
-            raise Refused(503, "too_many_waiting", f"{PARKED_MAX} requests wait already", {"Retry-After": "5"})
+            raise Refused(503, "too_many_waiting", f"{PARKED_MAX} requests wait already: ask again in some seconds", {"Retry-After": "5"})
         try:
             yield
         finally:
@@ -6157,7 +6169,7 @@ class App:
         if isinstance(place, Slot):
             return endpoint_of(place, self.hosts, config.settings)
         if place is None:
-            raise Refused(503, "nothing_served", "it was taken out of services-overrides.yaml a moment ago", {"Retry-After": "30"})
+            raise Refused(503, "nothing_served", "it was taken out of services-overrides.yaml a moment ago: ask again", {"Retry-After": "30"})
         return service_place(place, self.hosts, config.settings)[0]
 
     def admit(self, r, name):
@@ -6184,12 +6196,12 @@ class App:
                     continue
                 if until is None:
                     if not self._parked.acquire(blocking=False):
-                        raise Refused(503, "too_many_waiting", f"{PARKED_MAX} requests wait already", {"Retry-After": "5"})
+                        raise Refused(503, "too_many_waiting", f"{PARKED_MAX} requests wait already: ask again in some seconds", {"Retry-After": "5"})
                     until = time.monotonic() + config.settings["HOLD_SECONDS"]
                 left, eta = until - time.monotonic(), swap.eta_seconds if swap and swap.slot == where else None
                 if left <= 0 or (eta or 0) > left:
-                    raise Refused(503, "swapping", f"slot {where} is loading {'the' if joined else 'another'} model",
-                                  {"Retry-After": str(max(1, math.ceil(eta or 10)))}, eta_seconds=eta)
+                    raise Refused(503, "swapping", f"slot {where} is loading {'the' if joined else 'another'} model, which takes longer than "
+                                  f"HOLD_SECONDS: ask again in {eta or 10:.0f} s", {"Retry-After": str(min(MOST_WAIT_S, max(1, math.ceil(eta or 10))))}, eta_seconds=eta)
                 if ticket is None or line != where or waits and ticket.is_set():        # to the end of the line
                     if ticket:
                         gate.step_out(line, ticket)
@@ -6214,7 +6226,7 @@ class App:
         old, model = joined and self.swaps.get(joined), config.find(name) if name else None
         if refusal.code == "model_not_serving" and old and old.phase in ("failed", "cancelled"):
             why = f": {old.error['message']}" if old.error else ""
-            raise Refused(503, "swap_failed", f"the swap to {old.model} ended {old.phase}{why}", {"Retry-After": "30"}, swap=old.id)
+            raise Refused(503, "swap_failed", f"the swap to {old.model} ended {old.phase}{why}; ask an operator", NO_RETRY, swap=old.id)
         slots = sorted(config.layout.slots.values(), key=lambda slot: slot.name != "main")
         slot = next((s for s in slots if model and (model.mode != "cluster" or len(s.hosts) > 1)), None)
         if refusal.code != "model_not_serving" or not config.settings["AUTO_SWAP"] or not slot:
@@ -6228,7 +6240,7 @@ class App:
         except Refused as e:
             if e.code == "swap_running":
                 return slot.name, None
-            raise Refused(503, e.code, str(e), {"Retry-After": e.headers.get("Retry-After", "30")}) from None
+            raise Refused(503, e.code, f"AUTO_SWAP may not bring {model.key} now: {e}", {"Retry-After": e.headers.get("Retry-After", "30")}, **e.details) from None
 
     # --- who may, and what they then do; r is None for a job
 
@@ -6303,7 +6315,7 @@ class App:
                     self.poll(r, lambda: not self.swaps.book.running, deadline - time.monotonic())
             status, body, headers = self.swap_reply(r, swap, wait_s, fence)
             if fence and "lock" not in body and body["phase"] not in ("failed", "cancelled"):
-                raise Refused(409, "lock_lost", f"the lock was ended by force; swap {swap.id} is {body['phase']}", swap=swap.id)
+                raise Refused(409, "lock_lost", f"the lock was ended by force, and swap {swap.id} is {body['phase']}: see what serves, and take the lock again", swap=swap.id)
             return status, body, headers
         except BaseException as e:
             if fence:                           # it did not begin, or nobody is there to be told
@@ -6362,7 +6374,7 @@ class App:
         """The service of that name, which runs in a container. Raises Refused 404, 409."""
         service = entry_of(self.monitor.services(config), "service", name)
         if not service.container or not service.host:
-            raise Refused(409, "no_container", f"{name} has no host and container in services-overrides.yaml")
+            raise Refused(409, "no_container", f"{name} has no restart and no logs: give it host and container in services-overrides.yaml")
         return service
 
     def restart(self, name, client, token="", force=False, send=None):
@@ -6372,12 +6384,13 @@ class App:
         places = [*config.layout.slots.items(), *self.swaps.book.slots.items()]
         engines = {(host, place.container): slot for slot, place in places for host in place.hosts}
         if slot := engines.get((service.host, service.container)):
-            raise Refused(409, "slot_engine", f"{name} is the engine of slot {slot}: POST /api/swap with restart: true")
+            raise Refused(409, "slot_engine", f"{name} is the engine of slot {slot}: POST /api/swap with \"restart\": true instead")
         spark, c = self.spark_of(config, service), quote_arg(service.container)
         script = f"t=$(date +%s); docker restart -t 30 {c} || exit 1\n" + (f"timeout 5 docker logs -f --since \"$t\" {c} 2>&1; exit 0" if send else "")
+        first = iter((f"-- docker restarts container {service.container} on {service.host}\n".encode(),))        # goes with what docker says: before that it may still be refused
         with self.swaps.holding(token, force, f"restart of {name}", client):
             self.events.add("service_restart", f"{client} restarts {name}", service=name, client=client)
-            self.on_spark(spark, "restart_failed", f"{name} on {service.host}: ", script, 125, send=send)
+            self.on_spark(spark, "restart_failed", f"{name} on {service.host}: ", script, 125, send=send and (lambda data: send(next(first, b"") + data)))
         return f"container {service.container} on {service.host} was restarted"
 
     def warm(self, key, slot=None, limit_s=None):
@@ -6385,7 +6398,7 @@ class App:
         settings = self.store.settings
         slot = slot or next((slot for slot in self.store.current.layout.slots.values() if key in self.serves(slot)), None)
         if slot is None:
-            raise Refused(409, "model_not_serving", f"{key} is not served now")
+            raise Refused(409, "model_not_serving", f"{key} is not served now: start it (POST /api/swap)")
         began = time.monotonic()
         ask_for_work("vllm", endpoint_of(slot, self.hosts, settings), "", {"model": key}, limit_s or settings["SWAP_WARM_TIMEOUT"])
         return f"{key} answered in {time.monotonic() - began:.2f} s"
@@ -6476,14 +6489,14 @@ class App:
                 ("engine_kv_use", "gauge", "share of the KV cache in use", of_slot(lambda s: s["facts"].get("kv_use"))),
                 ("engine_tokens_per_s", "gauge", "tokens made a second", of_slot(lambda s: s["facts"].get("tokens_per_s"))),
                 ("swaps_total", "counter", "swaps that are over", [
-                    ("", {"outcome": end}, of("event").get("swap_" + end, 0)) for end in ("complete", "failed", "cancelled")]),
+                    ("", {"outcome": end}, of("event").get(f"swap_{word}", 0)) for end, word in SWAP_ENDS.items()]),
                 ("swap_running", "gauge", "1 while a swap runs", [("", {}, bool(self.swaps.book.running))]),
                 ("swap_phase_seconds", "summary", "time that the phases of swaps took", [
-                    ("_" + end, {"phase": phase}, n) for end in ("sum", "count") for phase, n in of("phase_" + end).items()]),
+                    ("_" + end, {"phase": phase}, of("phase_" + end).get(phase, 0)) for end in ("sum", "count") for phase in TRANSITIONS if phase not in TERMINAL]),
                 ("lock_held", "gauge", "1 while somebody holds the lock", [("", {}, lease["locked"])]),
                 ("lock_queue", "gauge", "who wait for the lock", [("", {}, lease.get("queue", 0))]),
-                ("events_total", "counter", "events", by(of("event"), "kind")),
-                ("webhook_deliveries_total", "counter", "deliveries that are over", by(self.webhooks.outcomes(), "outcome")),
+                ("events_total", "counter", "events", by(dict.fromkeys(EVENTS, 0) | of("event"), "kind")),
+                ("webhook_deliveries_total", "counter", "deliveries that are over", by(dict.fromkeys(("delivered", "refused", "failed", "dropped"), 0) | self.webhooks.outcomes(), "outcome")),
                 ("spark_up", "gauge", "1 while a Spark answers", of_spark(lambda v: v.state == "ok")),
                 ("spark_memory_bytes", "gauge", "where a Spark's memory is", memory),
                 ("spark_gpu_busy_percent", "gauge", "share of time that the GPU was busy", of_spark(lambda v: v.gpu and v.gpu["busy"])),
@@ -6514,7 +6527,7 @@ def get_page(app, r):
         with open(os.path.join(HERE, "index.html"), "rb") as f:
             page = f.read()
     except OSError as e:
-        raise Refused(500, "no_page", f"index.html beside sparkctl.py cannot be read: {e.strerror}") from None
+        raise Refused(500, "no_page", f"index.html beside sparkctl.py cannot be read: {e.strerror}; copy it there") from None
     hashes = {tag: " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(body).digest()).decode()}'" for body in
                             re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.S)) or "'none'" for tag in ("script", "style")}
     return 200, page, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy":
@@ -6538,7 +6551,7 @@ def post_swap(app, r):
     key, lock = body.pop("model", None), body.pop("lock", None)
     needed(r.json, "model")
     if lock is not None and body.get("dry_run"):
-        raise Refused(422, "bad_field", "a dry run needs no lock", field="lock")
+        raise Refused(422, "bad_field", "a dry run needs no lock: leave it out", field="lock")
     idempotency = None
     if (given := r.headers.get("idempotency-key")) is not None:
         if not 0 < len(given) <= 255:
@@ -6585,11 +6598,11 @@ def post_webhook_test(app, r):
     """Send a test to every receiver and tell what came of it."""
     ids = app.webhooks.tell({"kind": "test", "at": utc(), "text": f"{r.client} asked for a test"})
     if not ids:
-        raise Refused(409, "no_webhook", "set WEBHOOK_URL first")
+        raise Refused(409, "no_webhook", "there is nobody to tell: set WEBHOOK_URL first")
     mine = lambda: [row for row in app.webhooks.deliveries() if row["id"] in ids]
     app.poll(r, lambda: all(row["outcome"] != "queued" for row in mine()), 3 * Webhooks.LIMIT_S)
     if not all(row["outcome"] == "delivered" for row in mine()):
-        raise Refused(502, "not_delivered", "a receiver did not take it", deliveries=mine())
+        raise Refused(502, "not_delivered", "a receiver did not take it: see outcome and detail of its row", deliveries=mine())
     return 200, {"deliveries": mine()}
 
 
@@ -6644,7 +6657,7 @@ def repo_model(app, key):
     """The model of that key, if its weights come from Hugging Face. Raises Refused 404, 409."""
     model = entry_of(app.store.current.models, "model", key)
     if model.local_path:
-        raise Refused(409, "local_model", f"{key} is a directory of yours ({model.local_path}): sparkctl neither downloads nor deletes it")
+        raise Refused(409, "local_model", f"{key} is a directory of yours ({model.local_path}): sparkctl neither downloads nor deletes it, do that there by hand")
     return model
 
 
@@ -6671,7 +6684,7 @@ def delete_disk(app, r):
     def refuse_if_used():
         served = app.monitor.served | {name: app.serves(slot) for name, slot in config.layout.slots.items()}
         if why := weights_used_by(model, config, app.swaps.book, served):
-            raise Refused(409, "model_serving", f"the weights of {model.key} are in use: {why}")
+            raise Refused(409, "model_serving", f"the weights of {model.key} are in use: {why}; serve another model or unload first")
     refuse_if_used()
     others = [m.key for m in config.models.values() if m.repo == model.repo and m.key != model.key]
     if others and not r.query.get("force"):
@@ -6712,7 +6725,7 @@ def get_v1_models(app, r):
 def add_model(doc, config, key, entry):
     """Add an entry to the overrides file's mapping; ConfigStore.edit judges it. Raises Refused 409."""
     if key in (*doc["models"], *config.models, *config.hidden):
-        raise Refused(409, "model_exists", f"there is a model {key} already{', hidden' if key in config.hidden else ''}", model=key)
+        raise Refused(409, "model_exists", f"there is a model {key} already{', hidden' if key in config.hidden else ''}: take another key, or change that one", model=key)
     doc["models"][key] = entry
 
 
@@ -6727,6 +6740,8 @@ def post_model(app, r):
 def refuse_used(app, key):
     if app.in_use(key):
         raise Refused(409, "model_serving", f"{key} is served or being loaded: serve another model or unload first", model=key)
+    for t in (t for t in app.transfers.running() if t["model"] == key):
+        raise moving_with(t)
 
 
 def drop_model(app, r):
@@ -6909,9 +6924,9 @@ def find_route(method, path):
     methods = {route.method for route, _ in rows} | ({"POST"} if path in PROXIED else set())
     if methods:
         allow = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
-        raise Refused(405, "method_not_allowed", f"use {allow}", {"Allow": allow})
+        raise Refused(405, "method_not_allowed", f"{printable(method, 20)} does nothing here: use {allow}", {"Allow": allow})
     hint = nearest(path, [*(route.path for route in ROUTES), *PROXIED])
-    raise Refused(404, "not_found", f"no such path: {printable(path, 200)}" + (f"; did you mean {hint}?" if hint else ""), nearest=hint)
+    raise Refused(404, "not_found", f"there is no path {printable(path, 200)}; " + (f"did you mean {hint}? " if hint else "") + "README.md lists all", nearest=hint)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -6969,7 +6984,7 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as e:
             if not isinstance(e, Refused):
                 log(f"{asked}: {type(e).__name__}: {e}\n{traceback.format_exc()}")
-                e = Refused(500, "internal", "an internal error; sparkctl's own log has it")
+                e = Refused(500, "internal", "an internal error of sparkctl: its own log has the cause, please report it")
             self.known = None, None, None       # what was kept for the next request may be why
             # after one of these, what follows on this connection cannot be trusted to be a request
             self.close_connection |= self.unread or e.status in (400, 408, 413, 431, 500)
@@ -7020,14 +7035,14 @@ class Handler(BaseHTTPRequestHandler):
             self.buffer, deadline = data.lstrip(b"\r\n"), time.monotonic() + HEAD_S
             while (end := self.buffer.find(b"\r\n\r\n")) < 0 and len(self.buffer) <= HEAD_MAX:
                 if re.search(rb"(?<!\r)\n", self.buffer):
-                    raise Refused(400, "bad_request", "a line of the header ends without CR")
-                self.receive(deadline, f"the header was not complete within {HEAD_S:g} s" if self.buffer else None)
+                    raise Refused(400, "bad_request", "a line of the header ends without CR: see what the client sends")
+                self.receive(deadline, f"the header was not complete within {HEAD_S:g} s: send it at once" if self.buffer else None)
                 if not (rest := self.buffer.lstrip(b"\r\n")) and len(self.buffer) > 64:        # a few line ends between requests are enough
-                    raise Refused(400, "bad_request", "line ends without a request")
+                    raise Refused(400, "bad_request", "line ends without a request: see what the client sends")
                 self.buffer = rest
             data = self.buffer
         if not 0 <= end <= HEAD_MAX:
-            raise Refused(431, "header_too_large", f"the header is larger than {HEAD_MAX} bytes")
+            raise Refused(431, "header_too_large", f"the header is larger than {HEAD_MAX} bytes: send less")
         self.buffer = data[end + 4:]
         return data[:end]
 
@@ -7050,11 +7065,11 @@ class Handler(BaseHTTPRequestHandler):
         if 0 <= length <= len(self.buffer) and length <= most:
             body, self.buffer = self.buffer[:length], self.buffer[length:]
             return body
-        too_large = Refused(413, "body_too_large", f"the body is larger than {most >> 20} MiB{' (MAX_BODY_MB)' if request.path in PROXIED else ''}")
+        too_large = Refused(413, "body_too_large", f"the body is larger than {most >> 20} MiB: send less{', or raise MAX_BODY_MB' if request.path in PROXIED else ''}")
         if length > most:
             raise too_large
         self.expect(request)
-        deadline, slow = time.monotonic() + BODY_S, f"the body was not complete within {BODY_S:g} s"
+        deadline, slow = time.monotonic() + BODY_S, f"the body was not complete within {BODY_S:g} s: send less, or faster"
         if length >= 0:
             if length > READ:
                 self.reserve(length, together or most)
@@ -7123,7 +7138,7 @@ class Handler(BaseHTTPRequestHandler):
         most = settings["MAX_BODY_MB"] << 20
         request.body, self.unread = self.read_body(request, length, min(most, API_BODY_MAX), most), False
         if request.raw_query.count("&") >= 50:
-            raise Refused(400, "bad_request", "too many query fields")
+            raise Refused(400, "bad_request", "too many query fields: send fewer than 50")
         request.query = checked(dict(urllib.parse.parse_qsl(request.raw_query, keep_blank_values=True)), route.query, "the query")
         if route.body is not None:
             request.json = checked(parse_json(request.body), route.body, "the body")
@@ -7181,7 +7196,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(400, "bad_json", "the body must be a JSON object") from None
             length = len(request.body)
         if name is not None and not isinstance(name, str):
-            raise Refused(422, "bad_field", "model must be text", field="model")
+            raise Refused(422, "bad_field", "model must be text: a name of GET /v1/models", field="model")
         request.model = (name or "")[:300]      # Activity keeps it, and clients may make up names of any length
         request.where, ticket = app.admit(request, name)
 
@@ -7205,11 +7220,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def begin_upload(self, request, length, most):
         """(the form's field model, if it is among the first bytes, else None; what passes the rest on). Raises Refused 413, 408, 400."""
-        too_large = Refused(413, "body_too_large", f"the upload is larger than {most >> 20} MiB (MAX_UPLOAD_MB)")
+        too_large = Refused(413, "body_too_large", f"the upload is larger than {most >> 20} MiB: cut it, or raise MAX_UPLOAD_MB")
         if length > most:
             raise too_large
         self.expect(request)
-        end, slow, name = BodyEnd(None if length < 0 else length, length < 0, strict=True, keep=True), "the upload stood still", None
+        end, slow, name = BodyEnd(None if length < 0 else length, length < 0, strict=True, keep=True), "the upload stood still for a minute: send it again", None
         until, looked = time.monotonic() + BODY_S, -4096
         while True:
             data, self.buffer = self.buffer, b""
@@ -7273,7 +7288,7 @@ class Server(ThreadingHTTPServer):
             with contextlib.suppress(RuntimeError):         # the system gives us no more threads
                 return super().process_request(request, client_address)
             self.dismiss(client_address[0])
-        body = to_json(Refused(503, "too_many_connections", f"more than {CONNECTIONS_MAX} connections, or {CLIENT_MAX} of one client").body())
+        body = to_json(Refused(503, "too_many_connections", f"more than {CONNECTIONS_MAX} connections, or {CLIENT_MAX} of one client: close some").body())
         with contextlib.suppress(OSError):
             request.settimeout(1)
             request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
@@ -7310,7 +7325,7 @@ class Server(ThreadingHTTPServer):
         """Count bytes of bodies. Raises Refused 503 if that were more than `most` altogether."""
         with self._lock:
             if by > 0 and self._bodies + by > most:
-                raise Refused(503, "too_much_at_once", "the bodies of the requests that are being read are too large together", {"Retry-After": "1"})
+                raise Refused(503, "too_much_at_once", "the bodies of the requests that are being read are too large together: ask again in a second", {"Retry-After": "1"})
             self._bodies += by
 
     def finish(self, timeout_s):
@@ -7336,7 +7351,8 @@ models:
   tiny-chat: {name: Tiny Chat 7B, repo: demo/tiny-chat, aliases: [gpt-4o-mini], KNOBS, description: A pretended solo model that echoes you.}
   wide-chat: {name: Wide Chat 120B, repo: demo/wide-chat, mode: cluster, KNOBS, description: A pretended model sharded over both Sparks.}
   house-style: {name: House Style (fine-tuned), local_path: LOCAL, KNOBS, description: A pretended model from a directory on the Spark.}
-  too-greedy: {name: Too Greedy 235B, repo: demo/too-greedy, KNOBS, description: A pretended model whose load fails and is rolled back.}
+  bad-luck: {name: Bad Luck, repo: demo/bad-luck, KNOBS, description: A pretended model whose load fails and is rolled back.}
+  too-greedy: {name: Too Greedy 235B, repo: demo/too-greedy, knobs: {gpu-memory-utilization: 0.99}, description: A pretended model that is too large for this machine.}
 """
 DEMO_SERVICES = """
 slots:
@@ -7349,16 +7365,18 @@ backends:
     logs: tail -n +1 -F DIR/{container}.log 2>/dev/null
     alive: read -r p <DIR/{container}.pid && kill -0 "$p"
 services:
-  embeddings: {host: spark1, port: SIDE, container: tiny-embed}
-  kokoro: {host: spark2, port: SIDE, container: kokoro}
-  qdrant: {host: spark2, port: SIDE, container: qdrant}
+  embeddings: {host: spark1, port: SIDE0, container: tiny-embed}
+  kokoro: {host: spark2, port: SIDE1, container: kokoro}
+  qdrant: {host: spark2, port: SIDE2, container: qdrant}
 """
+DEMO_SIDE = ("tiny-embed", "kokoro", "qdrant")          # containers of the services
 DEMO_DOCKER = """#!/bin/sh
+for c; do :; done                                      # the last word: the container
 case "$*" in
-  ps*) n=0; for c in tiny-embed kokoro qdrant; do n=$((n+1)); printf "%064d $c Up 3 hours\\n" $n; done ;;
-  logs\\ -f*) exec tail -n 0 -f DIR/side.log ;;
-  logs*) exec tail -n "$3" ${5:+-f} DIR/side.log ;;      # as many arguments has it with -f
-  restart*) sleep 1; echo "$4" ;;
+  ps*) n=0; for c in SIDES; do n=$((n+1)); printf "%064d $c Up 3 hours\\n" $n; done ;;
+  logs\\ -f*) exec tail -n 1 -f DIR/$c.log ;;
+  logs*) exec tail -n "$3" ${5:+-f} DIR/$c.log ;;        # as many arguments has it with -f
+  restart*) sleep 1; echo "INFO:     $c was restarted (pretended)" >>DIR/$c.log; echo "$c" ;;
 esac
 """
 DEMO_SMI = "#!/bin/sh\ncase $1 in *gpu=*) echo $(($(date +%s) / 7 % 40)), 24.6, 48, 2405, pretended ;; esac\n"
@@ -7366,11 +7384,20 @@ DEMO_SMI = "#!/bin/sh\ncase $1 in *gpu=*) echo $(($(date +%s) / 7 % 40)), 24.6, 
 
 def demo_setup(folder):
     """Write the demo's files, its models.yaml and services-overrides.yaml among them, below folder -> settings as environment."""
-    with socket.create_server(("127.0.0.1", 0)) as s, socket.create_server(("127.0.0.1", 0)) as side:    # ports that are free now
-        words = {"PORT": str(s.getsockname()[1]), "SIDE": str(side.getsockname()[1]), "DIR": quote_arg(folder), "PYTHON": quote_arg(sys.executable),
-                 "SCRIPT": quote_arg(os.path.abspath(__file__)), "LOCAL": json.dumps(f"{folder}/house-style", ensure_ascii=False),
-                 "KNOBS": "knobs: {max-model-len: 8192, gpu-memory-utilization: 0.05}"}
-    weights = ["house-style", *(f"hub/models--demo--{name}/snapshots/1" for name in ("tiny-chat", "wide-chat", "too-greedy"))]
+    ports, tries = [], secrets.SystemRandom().sample(range(12000, 32000), 200)        # below those that the system gives to outgoing connections
+    with contextlib.ExitStack() as opened:
+        while len(ports) <= len(DEMO_SIDE):
+            with contextlib.suppress(OSError):
+                opened.enter_context(socket.create_server(("127.0.0.1", port := tries.pop())))        # it is free now
+                ports.append(str(port))
+    with open("/proc/meminfo", encoding="ascii") as f:
+        told = f.read()
+    total, available = (int(re.search(rf"{name}: +(\d+)", told)[1]) * 1024 / GIB for name in ("MemTotal", "MemAvailable"))
+    share = max(1.8, min(6, available / 3)) / total         # of this machine's memory, that the models fit beside what runs there
+    words = {"PORT": ports[0], **{f"SIDE{n}": port for n, port in enumerate(ports[1:])}, "SIDES": " ".join(DEMO_SIDE), "DIR": quote_arg(folder),
+             "PYTHON": quote_arg(sys.executable), "SCRIPT": quote_arg(os.path.abspath(__file__)), "LOCAL": json.dumps(f"{folder}/house-style", ensure_ascii=False),
+             "KNOBS": f"knobs: {{max-model-len: 8192, gpu-memory-utilization: {share:.3f}}}"}
+    weights = {"house-style": 0.5, **{f"hub/models--demo--{name}/snapshots/1": gb for name, gb in (("tiny-chat", 0.5), ("wide-chat", 0.8), ("bad-luck", 0.6), ("too-greedy", 118))}}
     files = {f"{source}/{name}": "{}" for source in weights for name in ("config.json", "model.safetensors")}
     files |= {"models.yaml": DEMO_MODELS, "services-overrides.yaml": DEMO_SERVICES, "bin/docker": DEMO_DOCKER, "bin/nvidia-smi": DEMO_SMI}
     for name, said in files.items():
@@ -7378,10 +7405,12 @@ def demo_setup(folder):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "w", encoding="utf-8") as f:
             f.write(re.sub(rf"\b({'|'.join(words)})\b", lambda m: words[m[1]], said))
+            f.truncate(int(weights[os.path.dirname(name)] * GIB) if name.endswith(".safetensors") else f.tell())       # takes no room
         os.chmod(path, 0o700)
     os.environ.update(HF_HUB_CACHE=os.path.join(folder, "hub"), SPARKCTL_DEMO_PID=str(os.getpid()), PATH=f"{folder}/bin:{os.environ['PATH']}")
-    with open(os.path.join(folder, "side.log"), "wb") as f:
-        spawn([sys.executable, os.path.abspath(__file__), "demo-engine", words["SIDE"], "demo/side", "side"], stdin=subprocess.DEVNULL, stdout=f, stderr=f)
+    for name, port in zip(DEMO_SIDE, ports[1:]):
+        with open(os.path.join(folder, name + ".log"), "ab") as f:
+            spawn([sys.executable, os.path.abspath(__file__), "demo-engine", port, "demo/side", "side"], stdin=subprocess.DEVNULL, stdout=f, stderr=f)
     return {"SPARK1_HOST": "local", "SPARK2_HOST": "local", "LOCAL_MODEL_ROOTS": folder}
 
 
@@ -7426,10 +7455,10 @@ def demo_engine(port, model, *names):
              "INFO Model loading took 61.204518 GiB memory and 2.040000 seconds", "INFO torch.compile took 0.40 s in total",
              "INFO GPU KV cache size: 1,711,646 tokens, Maximum concurrency for 8,192 tokens per request: 208.94x",
              "INFO Capturing CUDA graphs (decode, FULL): 100%|##########| 35/35"]
-    fails = "too-greedy" in names
-    if fails:
-        lines[10:] = ["torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.12 GiB.",
-                      "RuntimeError: Engine core initialization failed. See root cause above."]
+    fails = {"bad-luck": "ValueError: To serve at least one request with the model's max seq len (8192), (2.25 GiB KV cache is needed, which is larger than the "
+             "available KV cache memory (0.75 GiB). Based on the available memory, the estimated maximum model length is 2730.",
+             "too-greedy": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 6.12 GiB."}.get(names[0])
+    lines[10:] = [fails, "RuntimeError: Engine core initialization failed. See root cause above."] if fails else lines[10:]
     for line in lines if model != "demo/side" else ():      # the pretended services are up at once
         print(f"(EngineCore pid={os.getpid()})", line.replace("INFO", time.strftime("INFO %m-%d %H:%M:%S [demo.py:1]"), 1), flush=True)
         time.sleep(0.17)
@@ -7474,12 +7503,10 @@ def run_check(store, found):
     config = store.current
     layout, slots, models, hidden = config.layout, config.layout.slots.values(), config.models.values(), config.settings["DISABLED_SERVICES"]
     hosts = collections.Counter(s.host for s in config.sparks.values() if not s.local)
-    found += [*config.settings.warnings, *map(str, config.problems)]
-    found += [f"two Sparks have the same host {h}" for h in sorted(hosts) if hosts[h] > 1]
-    found += [] if config.sparks else ["no Spark is configured: set SPARK1_HOST (and SPARK2_HOST)"]
-    found += [] if models else ["the catalog is empty"]
+    found += [*config.settings.warnings, *map(str, config.problems), *(f"two Sparks have the same host {h}" for h in sorted(hosts) if hosts[h] > 1)]
+    found += [NO_SPARK] * (not config.sparks) + ["the catalog is empty: write models.yaml, or copy the one that came with sparkctl"] * (not models)
     for title, lines in (
-            ("Settings", [f"{row['name']} = {row['value']}  ({row['source']})" for row in config.settings.public()
+            ("Settings", [f"{row['name']} = {setting_text(row['value'])}  ({row['source']})" for row in config.settings.public()
                           if row["source"] != "default" or not re.match(r"SPARK\d_", row["name"])]),
             ("Sparks", [f"{s.name}: {f'{s.user}@' if s.user else ''}{s.host}" for s in config.sparks.values()]),
             ("Slots", [f"{s.name}: {', '.join(s.hosts)}, port {s.port}, container {s.container}, backend {s.backend}" for s in slots]),
@@ -7600,13 +7627,13 @@ def main(argv):
             real = re.compile(r"SPARK\d_|VLLM_|LAUNCH_DIR|LOCAL_MODEL_ROOTS|MODELS_OVERRIDES|SPARKCTL_DATA|DISABLED_SERVICES")
             environ = {k: v for k, v in os.environ.items() if not real.match(k)} | demo_setup(folder)
         settings, data_dir, paths, parse = build_settings(args, environ)
-        found = []
-        try:
-            os.makedirs(data_dir, mode=0o700, exist_ok=True)
-            if not os.access(data_dir, os.R_OK | os.W_OK | os.X_OK):
-                raise PermissionError(13, "not readable and writable", data_dir)
-        except OSError as e:
-            found = [f"the data directory {data_dir} cannot be used: {e.strerror}"]
+        place = data_dir
+        with contextlib.suppress(OSError):      # `check` changes nothing
+            os.makedirs(data_dir, mode=0o700, exist_ok=True) if args.command == "serve" or args.write else None
+        while not os.path.lexists(place):
+            place = os.path.dirname(place)
+        found = [] if os.path.isdir(place) and os.access(place, os.R_OK | os.W_OK | os.X_OK) else [
+            f"the data directory {data_dir} cannot be used: this user may not write into {place}; give it that right, or another directory with --data"]
         store = ConfigStore(settings, paths, parse)
         if args.command == "serve":
             return refuse(found[0]) if found else serve(store, data_dir, args.allow_root, args.demo)
