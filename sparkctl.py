@@ -49,6 +49,7 @@ import base64
 import bisect
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -63,6 +64,7 @@ import ipaddress
 import itertools
 import json
 import math
+import mmap
 import os
 import queue
 import re
@@ -5349,18 +5351,19 @@ def model_of_json(body):
     Of a large body only the outline is looked at, string by string: to build all of it would take many times its size,
     and stop all streams meanwhile. Whether the rest is right the engine sees.
     """
-    text, model, depth, at = str(body, "utf-8"), None, 0, 0
     if len(body) <= READ:
-        found = json.loads(text)
+        found = json.loads(str(body, "utf-8"))
         require(isinstance(found, dict), "not an object")
         return found.get("model")
+    text, model, depth, at = str(body, "latin-1"), None, 0, 0        # a character a byte: one emoji would make all of it take four
     require(re.match(r"[ \t\r\n]*\{", text), "not an object")
     while (quote := text.find('"', at)) >= 0:
         depth += sum(text.count(c, at, quote) * by for c, by in BRACKETS)
         said, at = json.decoder.scanstring(text, quote + 1)
         if depth == 1 and said == "model" and (value := VALUE_OF_KEY.match(text, at)):         # of two the last counts, as everywhere
-            at = value.end()
-            model, at = json.decoder.scanstring(text, at) if value[1] else (None if value[2] else NOTHING, at)
+            start = value.end()
+            model, at = json.decoder.scanstring(text, start) if value[1] else (None if value[2] else NOTHING, start)
+            model = json.loads(text[start - 1:at].encode("latin-1")) if model and not model.isascii() else model
     require(depth + sum(text.count(c, at) * by for c, by in BRACKETS) == 0, "not a whole object")
     return model
 
@@ -5783,9 +5786,10 @@ def relay(client, request, pool, endpoint, head, feed, sent, close):
                 tail.append(part if len(part) < 4096 else part[-4096:])
                 again = again and len(part) == len(chunk)
                 most = READ * 4 if len(chunk) >= READ else most
-            if not end.done and request.streams and (end.rest, tail[-1][-4:]) == (b"\r\n", b"\n\n\r\n"):       # between two events
+            if not end.done and request.streams and chunked and end.left == 0 and b"\r\n".startswith(end.rest) \
+                    and (b"\n\n" + b"".join(tail).removesuffix(end.rest)).endswith((b"\n\n", b"\r\r", b"\r\n\r\n")):       # between two events
                 event = b"event: error\ndata: " + to_json(BROKEN) + b"\n\n"
-                client.sendall(b"%x\r\n%b\r\n" % (len(event), event))
+                client.sendall(b"%b%x\r\n%b\r\n" % (b"\r\n"[len(end.rest):], len(event), event))
         except OSError:                         # a client that left, or does not read
             raise ClientGone() from None
         finally:
@@ -5834,7 +5838,7 @@ class Request:
 
     @functools.cached_property
     def close(self):
-        asked = self.headers.get("connection", "").lower()
+        asked = ",".join(v for k, v in self.fields if k.lower() == "connection").lower()
         return "close" in asked or self.minor == 0 and "keep-alive" not in asked
 
 
@@ -5902,7 +5906,7 @@ def parse_json(body):
 
     constant = lambda name: require(False, f"{name} is not JSON")
     try:
-        got = json.loads(body.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=constant) if body.strip() else {}
+        got = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=constant) if (text := str(body, "utf-8")).strip() else {}
     except (ValueError, RecursionError) as e:
         known = {UnicodeDecodeError: "not UTF-8", RecursionError: "nested too deeply"}
         raise Refused(400, "bad_json", f"the body must be a JSON object in UTF-8, and is {known.get(type(e), f'not JSON: {printable(str(e), 200)}')}") from None
@@ -7071,12 +7075,13 @@ class Handler(BaseHTTPRequestHandler):
         self.expect(request)
         deadline, slow = time.monotonic() + BODY_S, f"the body was not complete within {BODY_S:g} s: send less, or faster"
         if length >= 0:
-            if length > READ:
-                self.reserve(length, together or most)
-            body, got = bytearray(length), len(self.buffer)
+            # mapped memory takes room only where something was written, and who announces much but sends nothing keeps nobody out
+            body, got = mmap.mmap(-1, length) if length > READ else bytearray(length), len(self.buffer)
             body[:got], self.buffer = self.buffer, b""
             view = memoryview(body)
             while got < length:
+                if length > READ and got >= self.reserved:
+                    self.reserve(min(length, 2 * max(READ, got)) - self.reserved, together or most)
                 if not self.poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
                     raise Refused(408, "too_slow", slow)
                 count = self.connection.recv_into(view[got:])
@@ -7246,6 +7251,9 @@ class Handler(BaseHTTPRequestHandler):
                 if not ready:
                     raise Refused(408, "too_slow", slow)
                 if upstream.fileno() in ready:
+                    if upstream.recv(10, socket.MSG_PEEK) == b"HTTP/1.1 1":        # 100 Continue and its like: the answer is yet to come
+                        poll.unregister(upstream)
+                        continue
                     self.lingers = True
                     return False
                 chunk = self.connection.recv(READ * 4)
@@ -7561,6 +7569,8 @@ def serve(store, data_dir, allow_root, demo):
         return refuse(warnings[0])
     sys.setswitchinterval(0.0005)               # a busy thread must not delay the relay of tokens
     threading.stack_size(4 << 20)               # virtual memory; in 1 MiB the json of Python 3.13 dies of deep nesting
+    with contextlib.suppress(OSError, AttributeError):  # M_MMAP_THRESHOLD of mallopt(3): else each thread's arena keeps what a large body took
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = math.inf if hard == resource.RLIM_INFINITY else hard
     with contextlib.suppress(OSError, ValueError):      # every connection may need one to the engine as well

@@ -2792,13 +2792,18 @@ def test_what_only_the_engine_offers_is_not_forwarded(kept, path):
     assert p.post(path, {}).status in (404, 405) and not p.engine.seen
 
 
-def test_the_end_of_a_connections_reply_ends_an_sse_stream_with_an_error_first(kept):
+@pytest.mark.parametrize("sent", [b"9\r\ndata: 1\n\n\r\n", b"9\r\ndata: 1\n\n", b"9\r\ndata: 1\n\n\r", b"b\r\ndata: 1\r\n\r\n\r\n", b"b\r\ndata: 1\r\n\r\n", b""])
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_end_of_a_connections_reply_ends_an_sse_stream_with_an_error_first(kept, sent, apart):
     def handle(c, head, body, n):
-        c.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n9\r\ndata: 1\n\n\r\n")
-        time.sleep(0.3)
+        c.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n" + sent[:-1])
+        time.sleep(0.1 * apart)
+        c.sendall(sent[-1:])
     p = kept(handle)
     got = raw(p.port, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}", end=False)
-    assert b"data: 1\n\n\r\n" in got and b'event: error\ndata: {"error": {' in got and got.endswith(b"\n\n\r\n")
+    body = got.partition(b"\r\n\r\n")[2]
+    size, _, event = body[len(sent.rstrip(b"\r\n")) and body.index(b"\r\n", body.index(b"data: 1") + 11 - (b"\r\n\r\n" not in sent) * 2) + 2:].partition(b"\r\n")
+    assert event.startswith(b'event: error\ndata: {"error": {') and event.endswith(b"\n\n\r\n") and len(event) == int(size, 16) + 2 and body.startswith(sent)
     row = p.get("/api/activity").json["requests"][0]
     assert (row["status"], row["model"], row["served_by"]) == (200, None, "main")
 
@@ -2895,7 +2900,7 @@ def test_the_model_of_a_form_is_found_in_its_first_parts(data, boundary, model):
 @pytest.mark.parametrize("body,model", [
     ('{"model": "a", "messages": [{"model": "b"}], "x": {"model": "c"}, "pad": PAD}', "a"), ('{"pad": PAD, "model": "a", "model": "b"}', "b"), ('{"pad": PAD}', None),
     ('{"pad": PAD, "model": null}', None), ('{"pad": PAD, "a\\"}": ["model", {"model": "b"}], "\\u006dodel" :  "a\\n"}', "a\n"), ('{"model": "a", "pad": "model", "x": PAD}', "a"),
-    ('{"pad": PAD, "model": 7}', int), ('{"pad": PAD, "model": {"model": "a"}}', dict), ("[PAD]", ValueError), ("PAD", ValueError), ('{"model": PAD', ValueError),
+    ('{"pad": [PAD, "😀"], "model": "ü😀\\u00fc"}', "ü😀ü"), ('{"pad": PAD, "model": 7}', int), ('{"pad": PAD, "model": {"model": "a"}}', dict), ("[PAD]", ValueError), ("PAD", ValueError), ('{"model": PAD', ValueError),
     pytest.param("[" * 100_000 + "PAD", (ValueError, RecursionError), id="deep")])
 def test_the_model_of_a_body_is_the_same_whether_it_is_small_or_large(body, model):
     for size in (1, 80_000):
@@ -2941,17 +2946,45 @@ def test_what_follows_of_a_refused_body_is_no_request(kept, framing, begun):
     assert re.match(rb"HTTP/1.1 40[04] ", got) and got.count(b"HTTP/1.1") == 1 and b"\r\nConnection: close\r\n" in got
 
 
+def test_of_two_connection_fields_both_count(kept):
+    got = raw(kept().port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: keep-alive\r\nConnection: close\r\n\r\n", end=False)
+    assert got.startswith(b"HTTP/1.1 200 ") and b"\r\nConnection: close\r\n" in got
+
+
+def test_an_engine_that_says_continue_gets_the_rest_of_an_upload(kept):
+    told, got = threading.Event(), []
+
+    def handle(c, head, body, n):
+        c.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        time.sleep(0.2)                                 # it stands there while sparkctl waits for the client
+        told.set()
+        got.append(len(body))
+        while sum(got) < len(FORM) + 200_000 and (chunk := c.recv(65536)):
+            got.append(len(chunk))
+        plain(c, head, body, n)
+    p = kept(handle)
+    with socket.create_connection(("127.0.0.1", p.port), 10) as s:
+        s.sendall(b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=XX\r\n"
+                  b"Content-Length: %d\r\n\r\n" % (len(FORM) + 200_000) + FORM + bytes(70_000))
+        assert told.wait(10)
+        s.sendall(bytes(130_000))
+        assert s.recv(4096).startswith(b"HTTP/1.1 200 ") and sum(got) == len(FORM) + 200_000
+
+
 def test_all_bodies_together_have_a_limit(kept):
     p = kept(MAX_BODY_MB="1")
     with contextlib.ExitStack() as stack:
-        def send(n):
+        def send(n, size):
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", p.port), 10))
-            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n" + bytes(70000))
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n" + bytes(size))
             return sock
-        socks = [send(n) for n in range(9)]
+        idle = [send(n, 1) for n in range(9)]               # who only announces much keeps nobody out
+        assert p.post("/v1/completions", b'{"prompt": "' + b"x" * 900000 + b'"}').status == 200 and not select.select(idle, [], [], 0)[0]
+    with contextlib.ExitStack() as stack:
+        socks = [send(n, 999999) for n in range(9)]
         refused = until(lambda: [s for s in socks if select.select([s], [], [], 0)[0]])
         said = refused[0].recv(4096)
-        assert len(refused) == 1 and b"too_much_at_once" in said and b"\r\nConnection: close\r\n" in said
+        assert len(refused) < 3 and b"too_much_at_once" in said and b"\r\nConnection: close\r\n" in said
     assert until(lambda: p.post("/v1/completions", b'{"prompt": "' + b"x" * 900000 + b'"}').status == 200)
     # chunks count for what they hold, and the last byte may be one too many
     for size, status in ((1 << 20, 200), ((1 << 20) + 1, 413)):
