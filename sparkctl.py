@@ -5339,7 +5339,6 @@ def model_of_form(data, content_type):
     return None
 
 
-NOTHING = {}
 COUNTED = [re.compile(rb'"(?:%b)_tokens"\s*:\s*(\d{1,9})\b' % names) for names in (b"prompt|input", b"completion|output")]
 BRACKETS = ("{", 1), ("[", 1), ("}", -1), ("]", -1)
 VALUE_OF_KEY = re.compile(r'[ \t\r\n]*:[ \t\r\n]*("?)(null)?')
@@ -5362,7 +5361,7 @@ def model_of_json(body):
         said, at = json.decoder.scanstring(text, quote + 1)
         if depth == 1 and said == "model" and (value := VALUE_OF_KEY.match(text, at)):         # of two the last counts, as everywhere
             start = value.end()
-            model, at = json.decoder.scanstring(text, start) if value[1] else (None if value[2] else NOTHING, start)
+            model, at = json.decoder.scanstring(text, start) if value[1] else (None if value[2] else {}, start)
             model = json.loads(text[start - 1:at].encode("latin-1")) if model and not model.isascii() else model
     require(depth + sum(text.count(c, at) * by for c, by in BRACKETS) == 0, "not a whole object")
     return model
@@ -6579,8 +6578,7 @@ def post_unload(app, r):
 
 def post_lock(app, r):
     lease = app.take_lock(r, r.json, r.headers.get("x-swap-lock-token", ""), swap="asked", told=False)
-    lease = app.swaps.answered(lease.fence) or lease        # or it was over at once
-    return 201, app.lock_reply(lease)
+    return 201, app.lock_reply(app.swaps.answered(lease.fence) or lease)        # it may have been over at once
 
 
 def post_job(app, r):
@@ -6593,9 +6591,8 @@ def post_job(app, r):
 
 
 def get_webhooks(app, r):
-    settings = app.store.settings
-    return 200, {"receivers": len(settings["WEBHOOK_URL"]), "events": settings["WEBHOOK_EVENTS"],
-                 "signed": bool(settings["WEBHOOK_SECRET"]), "deliveries": app.webhooks.deliveries()}
+    url, events, secret = (app.store.settings["WEBHOOK_" + name] for name in ("URL", "EVENTS", "SECRET"))
+    return 200, {"receivers": len(url), "events": events, "signed": bool(secret), "deliveries": app.webhooks.deliveries()}
 
 
 def post_webhook_test(app, r):
@@ -6613,8 +6610,7 @@ def post_webhook_test(app, r):
 def get_swap(app, r):
     swap, since = functools.partial(app.swaps.get, r.args["id"]), r.query.get("since", math.inf)
     over = lambda: swap().phase in TERMINAL or swap().seq > since
-    if not over():
-        app.poll(r, over, r.query.get("wait", 0))
+    app.poll(r, over, r.query.get("wait", 0))
     return 200, swap().public()
 
 
@@ -6650,9 +6646,8 @@ def stream_swap(app, r):
                 return event("end", s.public(), ".end")
             # log lines alone do not wake the hub, so look for them four times a second
             changed = app.hub.wait_for(lambda: app.swaps.get(swap.id).seq > n[2] or app.closing.is_set(), 0.25)
-            quiet = 0 if changed else quiet + 1
+            quiet = 0 if changed else quiet % 60 + 1
             if quiet == 60:
-                quiet = 0
                 send(b": keep-alive\n\n")
     return 200, run
 
@@ -6737,8 +6732,8 @@ def post_model(app, r):
     entry = {k: v for k, v in parse_json(r.body).items() if v is not None}
     needed(entry, "key")
     key = checked({"key": entry.pop("key")}, {"key": matching(KEY.pattern, f"must match {KEY.pattern}")}, "the body")["key"]
-    _, config = app.edit_models(r, key, "added", lambda doc, config: add_model(doc, config, key, entry))
-    return 201, app.model(config, key), {"Location": f"/api/models/{key}"}
+    after = app.edit_models(r, key, "added", lambda doc, config: add_model(doc, config, key, entry))[1]
+    return 201, app.model(after, key), {"Location": f"/api/models/{key}"}
 
 
 def refuse_used(app, key):
@@ -7052,7 +7047,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def expect(self, request):
         """Tell a client that waits for it to send its body."""
-        if request.headers.get("expect", "").lower() == "100-continue" and not self.buffer:
+        if request.headers.get("expect", "").lower() == "100-continue" and request.minor and not self.buffer:
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def reserve(self, size, most):
@@ -7319,9 +7314,7 @@ class Server(ThreadingHTTPServer):
 
     def dismiss(self, client):
         with self._lock:
-            self._clients[client] -= 1
-            if not self._clients[client]:
-                del self._clients[client]
+            self._clients -= {client: 1}        # those with none left go
 
     def count(self, by):
         """Count a request in or out -> how many are being answered."""
@@ -7339,11 +7332,10 @@ class Server(ThreadingHTTPServer):
     def finish(self, timeout_s):
         """Close the listening socket, wait for replies in flight, and write the rest of the log."""
         self.server_close()
-        deadline, busy = time.monotonic() + timeout_s, True
-        while busy and time.monotonic() < deadline:
+        deadline = time.monotonic() + timeout_s
+        time.sleep(0.005)
+        while self.count(0) and time.monotonic() < deadline:
             time.sleep(0.005)
-            with self._lock:
-                busy = self._busy > 0
         self.activity.close()
 
     def handle_error(self, request, client_address):
@@ -7392,16 +7384,11 @@ DEMO_SMI = "#!/bin/sh\ncase $1 in *gpu=*) echo $(($(date +%s) / 7 % 40)), 24.6, 
 
 def demo_setup(folder):
     """Write the demo's files, its models.yaml and services-overrides.yaml among them, below folder -> settings as environment."""
-    ports, tries = [], secrets.SystemRandom().sample(range(12000, 32000), 200)        # below those that the system gives to outgoing connections
-    with contextlib.ExitStack() as opened:
-        while len(ports) <= len(DEMO_SIDE):
-            with contextlib.suppress(OSError):
-                opened.enter_context(socket.create_server(("127.0.0.1", port := tries.pop())))        # it is free now
-                ports.append(str(port))
+    tries = secrets.SystemRandom().sample(range(12000, 32000), 50)          # below the ports that the system gives to outgoing connections
+    ports = [str(port) for port in tries if socket.socket().connect_ex(("127.0.0.1", port))]          # nobody listens there now
     with open("/proc/meminfo", encoding="ascii") as f:
-        told = f.read()
-    total, available = (int(re.search(rf"{name}: +(\d+)", told)[1]) * 1024 / GIB for name in ("MemTotal", "MemAvailable"))
-    share = max(1.8, min(6, available / 3)) / total         # of this machine's memory, that the models fit beside what runs there
+        memory = parse_meminfo(f.read().splitlines())
+    share = max(1.8, min(6, memory["MemAvailable"] / 3)) / memory["MemTotal"]         # of this machine's memory, that the models fit beside what runs there
     words = {"PORT": ports[0], **{f"SIDE{n}": port for n, port in enumerate(ports[1:])}, "SIDES": " ".join(DEMO_SIDE), "DIR": quote_arg(folder),
              "PYTHON": quote_arg(sys.executable), "SCRIPT": quote_arg(os.path.abspath(__file__)), "LOCAL": json.dumps(f"{folder}/house-style", ensure_ascii=False),
              "KNOBS": f"knobs: {{max-model-len: 8192, gpu-memory-utilization: {share:.3f}}}"}
