@@ -395,8 +395,8 @@ def checked(given, fields, where):
 
 
 def needed(given, *fields):
-    for name in (name for name in fields if name not in given):
-        raise Refused(422, "bad_field", f"{name} is needed: send it", field=name)
+    if missing := [name for name in fields if name not in given]:
+        raise Refused(422, "bad_field", f"{missing[0]} is needed: send it", field=missing[0])
 
 
 def choice(*words):
@@ -4697,7 +4697,7 @@ class Transfers:
 
     def _add(self, what, model, source, steps, client, must=True, **more):
         """Take the Sparks for a transfer -> it. Raises Refused 409, 503."""
-        new = {"id": f"{what}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}", "model": model.key, "repo": model.repo,
+        new = {"id": f"{what}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}", "model": model.key, "repo": model.repo,
                "source": source, "steps": steps, "client": client, "started_at": utc(), "state": "running",
                "step": 0, "attempt": 0, "total_bytes": 0, **more}
 
@@ -5786,7 +5786,7 @@ def relay(client, request, pool, endpoint, head, feed, sent, close):
                 again = again and len(part) == len(chunk)
                 most = READ * 4 if len(chunk) >= READ else most
             if not end.done and request.streams and chunked and end.left == 0 and b"\r\n".startswith(end.rest) \
-                    and (b"\n\n" + b"".join(tail).removesuffix(end.rest)).endswith((b"\n\n", b"\r\r", b"\r\n\r\n")):       # between two events
+                    and (b"\n\n" + b"".join(tail).removesuffix(end.rest)).endswith((b"\n\n", b"\r\r", b"\r\n\r\n")):       # between two events, or before the first
                 event = b"event: error\ndata: " + to_json(BROKEN) + b"\n\n"
                 client.sendall(b"%b%x\r\n%b\r\n" % (b"\r\n"[len(end.rest):], len(event), event))
         except OSError:                         # a client that left, or does not read
@@ -6739,8 +6739,8 @@ def post_model(app, r):
 def refuse_used(app, key):
     if app.in_use(key):
         raise Refused(409, "model_serving", f"{key} is served or being loaded: serve another model or unload first", model=key)
-    for t in (t for t in app.transfers.running() if t["model"] == key):
-        raise moving_with(t)
+    if moving := [t for t in app.transfers.running() if t["model"] == key]:
+        raise moving_with(moving[0])
 
 
 def drop_model(app, r):
@@ -6992,7 +6992,7 @@ class Handler(BaseHTTPRequestHandler):
             status, size = self.reply(request, e.status, e.body(), e.headers)
         finally:
             if self.reserved:
-                self.free()
+                self.reserve(-self.reserved)
             if request or status:
                 self.tell(request, began, asked, status, size)
             if busy:
@@ -7050,14 +7050,10 @@ class Handler(BaseHTTPRequestHandler):
         if request.headers.get("expect", "").lower() == "100-continue" and request.minor and not self.buffer:
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def reserve(self, size, most):
-        """Room for so many bytes more of this request's body. Raises Refused 503 if all bodies together are too large."""
+    def reserve(self, size, most=0):
+        """Room for so many bytes more, or fewer, of this request's body. Raises Refused 503 if all bodies together are too large."""
         self.server.bodies(size, 8 * most)
         self.reserved += size
-
-    def free(self):
-        self.server.bodies(-self.reserved)
-        self.reserved = 0
 
     def read_body(self, request, length, most, together=None):
         """The whole body, at most `most` bytes; together: what eight bodies may be at once. Raises Refused 413, 408, 400, 503."""
@@ -7202,7 +7198,7 @@ class Handler(BaseHTTPRequestHandler):
 
         def sent(whole=True):
             if whole and self.reserved:
-                self.free()
+                self.reserve(-self.reserved)
             if ticket:
                 app.gate.step_out(request.where, ticket)
         try:
@@ -7322,7 +7318,7 @@ class Server(ThreadingHTTPServer):
             self._busy += by
             return self._busy
 
-    def bodies(self, by, most=math.inf):
+    def bodies(self, by, most):
         """Count bytes of bodies. Raises Refused 503 if that were more than `most` altogether."""
         with self._lock:
             if by > 0 and self._bodies + by > most:
@@ -7385,7 +7381,8 @@ DEMO_SMI = "#!/bin/sh\ncase $1 in *gpu=*) echo $(($(date +%s) / 7 % 40)), 24.6, 
 def demo_setup(folder):
     """Write the demo's files, its models.yaml and services-overrides.yaml among them, below folder -> settings as environment."""
     tries = secrets.SystemRandom().sample(range(12000, 32000), 50)          # below the ports that the system gives to outgoing connections
-    ports = [str(port) for port in tries if socket.socket().connect_ex(("127.0.0.1", port))]          # nobody listens there now
+    free = (str(port) for port in tries if socket.socket().connect_ex(("127.0.0.1", port)))           # nobody listens there now
+    ports = list(itertools.islice(free, 1 + len(DEMO_SIDE)))
     with open("/proc/meminfo", encoding="ascii") as f:
         memory = parse_meminfo(f.read().splitlines())
     share = max(1.8, min(6, memory["MemAvailable"] / 3)) / memory["MemTotal"]         # of this machine's memory, that the models fit beside what runs there
@@ -7626,7 +7623,8 @@ def main(argv):
         settings, data_dir, paths, parse = build_settings(args, environ)
         place = data_dir
         with contextlib.suppress(OSError):      # `check` changes nothing
-            os.makedirs(data_dir, mode=0o700, exist_ok=True) if args.command == "serve" or args.write else None
+            if args.command == "serve" or args.write:
+                os.makedirs(data_dir, mode=0o700, exist_ok=True)
         while not os.path.lexists(place):
             place = os.path.dirname(place)
         found = [] if os.path.isdir(place) and os.access(place, os.R_OK | os.W_OK | os.X_OK) else [
