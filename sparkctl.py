@@ -1171,15 +1171,19 @@ MODEL = lambda doc: {"model": doc["data"][0]["id"] if "data" in doc else doc["mo
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = lambda facts: ("/v1/chat/completions", {"model": facts.get("model"), "messages": HELLO, "max_tokens": 1},
                       lambda said: isinstance(json.loads(said)["choices"][0]["message"], dict))
+WRITE = lambda facts: ("/v1/completions", {"model": facts.get("model"), "prompt": "Hello", "max_tokens": 1},
+                       lambda said: isinstance(json.loads(said)["choices"][0]["text"], str))
 EMBED = lambda facts: ("/v1/embeddings", {"model": facts.get("model"), "input": "Hello"},
                        lambda said: (vector := json.loads(said)["data"][0]["embedding"]) and all(map(math.isfinite, vector)))
+POOL = lambda facts: ("/pooling", {"model": facts.get("model"), "input": "Hello"}, lambda said: expect("list", json.loads(said)["data"]))
+ENGINE_WORK = lambda facts: (WRITE(facts), EMBED(facts), POOL(facts), silent_second(facts))     # of a vLLM, whatever its model does
 VOICES = lambda doc: {"voices": [v["id"] if isinstance(v, dict) else v for v in expect("list", doc["voices"])]}
 SPEAK = lambda facts: ("/v1/audio/speech", {"model": "kokoro", "input": "Hello", "voice": (facts.get("voices") or ["af_heart"])[0],
                                             "response_format": "wav"}, lambda said: said.startswith((b"RIFF", b"ID3", b"OggS", b"fLaC", b"\xff")))
 # Sources: vLLM's own routes; docs.nvidia.com/nim; text-embeddings-inference (/info); Qdrant's openapi.json; Kokoro-FastAPI's
 # routers, where voices are names in older versions and {id, name} in newer ones.
 KINDS = {
-    "vllm": Kind("/health", real=lambda facts: (CHAT(facts), EMBED(facts)), key="VLLM_API_KEY", base="/v1"),
+    "vllm": Kind("/health", real=lambda facts: (CHAT(facts), *ENGINE_WORK(facts)), key="VLLM_API_KEY", base="/v1"),
     "asr": Kind("/health", ("/v1/models",), MODEL, lambda facts: (silent_second(facts),), base="/v1"),
     "tts": Kind("/health", ("/v1/audio/voices",), VOICES, lambda facts: (SPEAK(facts),), base="/v1"),
     "embeddings": Kind("/health", ("/info", "/v1/models"), MODEL, lambda facts: (EMBED(facts),), base="/v1"),
@@ -1511,7 +1515,6 @@ class Plan:
     stop: str                   # shell text that ends it
     logs: str                   # shell text with a NUL where the time of the launch goes, or blank
     alive: str                  # shell text, or blank
-    pooling: bool = False       # answers embeddings, not completions
     need_gb: float = 0          # GiB per Spark that must be free before the launch; 0 = unknown
     weights_gb: float = 0       # GiB of all its weights; 0 = unknown
 
@@ -1536,11 +1539,7 @@ def make_plan(model, slot, config, flags=frozenset(("--name",)), need_gb=0, weig
     shown = hide(launch, model.secrets())
     return Plan(slot.name, model.key, model.served_names, slot.hosts if model.mode == "cluster" else slot.hosts[:1],
                 slot.port, slot.container, slot.backend, launch, shown, stop_command(slot, config, model.mode == "cluster"), logs, fill(template.alive, words),
-                knobs.get("runner") == "pooling" or "convert" in knobs, need_gb, weights_gb)
-
-
-def with_since(logs, since):
-    return logs.replace("\0", quote_arg(since))
+                need_gb, weights_gb)
 
 
 # --- scripts; each is POSIX sh, runs on one Spark, and may be run twice without harm
@@ -1602,7 +1601,8 @@ def follow_script(plan, since):
         post_mortem = (f"w=$(docker inspect -f '{{{{.State.Running}}}}' {c} 2>/dev/null); [ \"$w\" = true ] || why=gone; "
                        f"[ -n \"$why\" ] || why=$(docker events --since {quote_arg(since)} --until \"$(date +%s)\" --filter container={c} "
                        "--filter event=exec_die --format '{{.Actor.Attributes.exitCode}}' 2>/dev/null | tail -n 1)")
-    return f"""$(command -v setsid) sh -c {quote_arg(with_since(plan.logs, since) or ":")} 2>&1 &
+    logs = plan.logs.replace("\0", quote_arg(since)) or ":"
+    return f"""$(command -v setsid) sh -c {quote_arg(logs)} 2>&1 &
 p=$!
 bye() {{ kill -- "-$p" 2>/dev/null || kill "$p" 2>/dev/null; exit 0; }}
 trap bye PIPE HUP TERM INT
@@ -2013,21 +2013,29 @@ def probe_service(service, endpoint, path="", timeout_s=3.0):
     return state, detail, facts
 
 
-def ask_for_work(kind, endpoint, path, facts, timeout_s, health=""):
-    """One real request to a service of that kind -> how it answered. Raises Refused 502."""
-    told = ""
-    for ask, body, shows in KINDS[kind].real(facts) or ((health, None, lambda said: True),):
-        try:
-            status, said = endpoint.request("GET" if body is None else "POST", path + ask, body, timeout_s)
-        except (OSError, ValueError, http.client.HTTPException) as e:
-            raise Refused(502, "unhealthy", why_silent(e)[1]) from None
+def do_work(endpoint, path, requests, timeout_s, cancel=None):
+    """Ask for real work, in turn, until one is work that is done there -> (path, status, body, whether it shows work). Raises as Endpoint.request does."""
+    refusals = []
+    for ask, body, shows in requests:
+        status, said = endpoint.request("GET" if body is None else "POST", path + ask, body, timeout_s, cancel)
         with contextlib.suppress(ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError):    # not JSON, or of another shape
             if 200 <= status < 300 and shows(said):
-                return f"{ask} answered"
-        told = told or f"{ask} says {status}" + (" and not what it should" if 200 <= status < 300 else "")
+                return ask, status, said, True
+        refusals.append((ask, status, said, False))
         if status not in (400, 404, 405, 501):              # by which a vLLM tells that its model does other work
-            break
-    raise Refused(502, "unhealthy", told)
+            return refusals[-1]
+    return refusals[0]
+
+
+def ask_for_work(kind, endpoint, path, facts, timeout_s, health=""):
+    """One real request to a service of that kind -> how it answered. Raises Refused 502."""
+    try:
+        ask, status, _, good = do_work(endpoint, path, KINDS[kind].real(facts) or ((health, None, lambda said: True),), timeout_s)
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        raise Refused(502, "unhealthy", why_silent(e)[1]) from None
+    if not good:
+        raise Refused(502, "unhealthy", f"{ask} says {status}" + (" and not what it should" if 200 <= status < 300 else ""))
+    return f"{ask} answered"
 
 
 class Vitals(NamedTuple):
@@ -2046,9 +2054,10 @@ VLLM_METRICS = {"vllm:num_requests_running": "running", "vllm:num_requests_waiti
 def parse_vllm_metrics(text_):
     """What /metrics says of the names in VLLM_METRICS -> {ours: number}."""
     found = collections.defaultdict(list)
-    for name, value in re.findall(r"^(vllm:\w{1,60})(?:\{.*\})? (\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d\d?)?)$", text_, re.M | re.A):
-        found[VLLM_METRICS.get(name)].append(float(value))
-    return {name: min(1.0, max(values)) if name == "kv_use" else min(1e15, sum(values)) for name, values in found.items() if name}
+    for name, value in re.findall(r"^(vllm:\w{1,60})(?:\{.*\})? (?:(\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d\d?)?)|\S+)$", text_, re.M | re.A):
+        found[VLLM_METRICS.get(name)].append(float(value or "nan"))        # of one engine that counts wrong no sum is known
+    told = {name: max(values) if name == "kv_use" else sum(values) for name, values in found.items() if name and not any(map(math.isnan, values))}
+    return {name: min(1e15, value) for name, value in told.items() if name != "kv_use" or value <= 1}
 
 
 def vitals_after(old, told, now):
@@ -2060,11 +2069,6 @@ def vitals_after(old, told, now):
     tokens = lambda of: [of.get(name) for name in ("prompt_tokens", "generation_tokens")]
     still = old and told.get("running") and "generation_tokens" in told and tokens(told) == tokens(old.told)
     return Vitals(now, told, facts, old.frozen + 1 if still else 0)
-
-
-def warm_request(model, pooling):
-    """(path, body) of one tiny request, by which an engine shows that it answers."""
-    return ("/v1/embeddings", {"model": model, "input": "Hello"}) if pooling else ("/v1/completions", {"model": model, "prompt": "Hello", "max_tokens": 1})
 
 
 LOG_PREFIX = re.compile(r"^(?:\([^)]*pid=\d+[^)]*\)\s*)*")
@@ -2233,7 +2237,7 @@ class Swap:
     client: str = ""
     fence: int = 0                  # of the lease that it was started under
     automatic: bool = False         # nobody asked for it just now: a job did
-    blackbox: dict | None = None    # of a swap that ended badly: Spark that stopped answering -> its last samples
+    blackbox: dict | None = None    # Spark that stopped answering meanwhile -> what it told last
     seq: int = 0                    # grows with every change; what long-polls wait on
     # for the journal only
     plan: Plan | None = None
@@ -2971,7 +2975,7 @@ def plan_of(look, checks):
 def commands_of(places, plan):
     """What a swap runs, for people: `Spark: command`, ...."""
     found = [(p.hosts[0], p.stop) for p in places]
-    found += [(plan.hosts[0], plan.shown), (plan.hosts[0], with_since(plan.logs, "now"))] if plan else []
+    found += [(plan.hosts[0], plan.shown), (plan.hosts[0], plan.logs.replace("\0", "now"))] if plan else []
     return tuple(f"{h}: {c}" for h, c in found if c)
 
 
@@ -3244,23 +3248,23 @@ class SwapRun:
     def do_warming(self, s):
         """One tiny request, so that `ready` means: answers a prompt. The engine's death ends it early, as a cancel does."""
         done, stop = queue.SimpleQueue(), threading.Event()
-        (path, body), limit = warm_request(s.model, s.plan.pooling), self.config.settings["SWAP_WARM_TIMEOUT"]
+        limit = self.config.settings["SWAP_WARM_TIMEOUT"]
 
         def ask():
             try:
-                done.put(self.endpoint(self.slot).request("POST", path, body, limit, stop))
+                done.put(do_work(self.endpoint(self.slot), "", ENGINE_WORK({"model": s.model}), limit, stop))
             except Exception as e:                          # told below, by the thread that decides
-                done.put((0, type(e).__name__.encode()))
+                done.put(("its first request", 0, type(e).__name__.encode(), False))
         threading.Thread(target=ask, name="warm", daemon=True).start()
         try:
             while done.empty():
                 self._watch(s, 0.02)
-            status, reply = done.get()
+            path, status, reply, good = done.get()
         finally:
             stop.set()
-        if status != 200:
+        if not good:
             self.log.add(f"{path} answered {status}: {reply[:300].decode('utf-8', 'replace')}")
-            what = f"HTTP {status}" if status else f"no answer within {limit:g} s"
+            what = f"HTTP {status}{' without a result' * (status < 300)}" if status else f"no answer within {limit:g} s"
             raise Failed("warming_failed", f"the engine is up, and its first request failed ({path}: {what})",
                          "the log's last lines may say why")
         self.m._observe(s.slot, Probe("serving", s.plan.served_names))
@@ -3562,7 +3566,7 @@ class SwapManager(Arbiter):
     def __init__(self, data_dir, config, hosts, hub, gate, events, warn, observe=lambda slot, probe: None, black_box=lambda swap_id: None):
         self.dir = os.path.join(data_dir, "swaps")
         self._config, self.hosts, self.gate, self._observe = config, hosts, gate, observe       # config: () -> Config
-        self._black_box = black_box                         # asked when a swap ends badly
+        self._black_box = black_box                         # asked when a swap ends
         self.recent = ()                                   # replaced under _lock; terminal swaps, newest first
         self._logs = {}                                     # guarded by _lock; id -> SwapLog
         self._verdicts = {}                                 # guarded by _lock; (image id, argv) -> what vLLM's parser said
@@ -3890,12 +3894,13 @@ class SwapManager(Arbiter):
         Whoever sees the swap over can start the next at once. The history is written first: a crash in between
         finds the swap in the journal and ends it again.
         """
-        now, swap_log = time.time(), self.log_of(self.book.running.id)
+        now, swap_log, box = time.time(), self.log_of(self.book.running.id), self._black_box(self.book.running.id)
         swap_log.add(f"-- {phase}" + (f": {facts['error']['message']}" if facts.get("error") else ""))
         with self._changing() as news:
             book = self._settle_locked(news)
             rollback = rollback and book.waiting is None
-            s = advance(book.running, phase, now, rollback_id=book.running.id + "-rb" if rollback else None, cancelling=False, **facts)
+            s = advance(book.running, phase, now, rollback_id=book.running.id + "-rb" if rollback else None, cancelling=False,
+                        blackbox=box or book.running.blackbox, **facts)
             if not s.dry_run:
                 write_state(os.path.join(self.dir, s.id + ".json"), s.journal())
             following = book.waiting
@@ -3924,6 +3929,13 @@ class SwapManager(Arbiter):
             for suffix in (".json", ".log", ".engine.log"):
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.dir, o.id + suffix))
+
+    def keep_box(self, swap_id, box):
+        """Add what a Spark told last to a swap that is over."""
+        with self._lock:
+            self.recent = tuple(dataclasses.replace(s, blackbox=box) if s.id == swap_id else s for s in self.recent)
+            for s in (s for s in self.recent if s.id == swap_id):
+                write_state(os.path.join(self.dir, s.id + ".json"), s.journal())
 
 
 # === 10 coordination ==========================================================
@@ -4955,8 +4967,8 @@ class History:
         self._lock = threading.Lock()
         self._rings = {}                        # guarded by _lock; (what, name) -> (looks, minutes, looks of the running minute)
 
-    def add(self, now, rows):
-        """rows: {(what, name): values of FIELDS[what], None where unknown}, at now, Unix time."""
+    def add(self, now, rows, watched):
+        """rows: {(what, name): values of FIELDS[what], None where unknown}, at now, Unix time; watched: {what: names}, others are forgotten."""
         with self._lock:
             for key, values in rows.items():
                 looks, minutes, minute = self._rings.setdefault(key, (collections.deque(maxlen=720), collections.deque(maxlen=1440), []))
@@ -4966,8 +4978,7 @@ class History:
                     minute.clear()
                 looks.append((now, *values))
                 minute.append(looks[-1])
-            for key in [k for k, ring in self._rings.items() if k not in rows and now - ring[0][-1][0] > 86400]:
-                del self._rings[key]            # renamed, or gone from the file
+            self._rings = {key: ring for key, ring in self._rings.items() if key[1] in watched[key[0]]}
 
     def read(self, now, minutes):
         """{"minutes", what: {name: {"at": […], field: […], of a Spark also "hours"}}}, by the minute where the looks do not reach back so far."""
@@ -4990,7 +5001,7 @@ class Box(NamedTuple):
     """What a Spark told during a swap, second by second."""
     swap: str
     samples: tuple = ()         # (Unix time, available GiB, pressure %, power W), the last 60
-    lost_at: float | None = None    # since when it does not answer; from then on nothing is added
+    lost: tuple = ()            # samples as they were when it last stopped answering
 
 
 def prometheus(families):
@@ -5147,7 +5158,7 @@ class Monitor:
         if came or not was and (frozen < WEDGE_LOOKS or power >= WEDGE_W):
             return False
         try:
-            return was and frozen > 0 or endpoint.request("POST", *warm_request(probe.served[0], bool(plan and plan.pooling)), WEDGE_CANARY_S)[0] >= 500
+            return was and frozen > 0 or do_work(endpoint, "", ENGINE_WORK({"model": probe.served[0]}), WEDGE_CANARY_S)[1] >= 500
         except (OSError, ValueError, http.client.HTTPException) as e:
             return isinstance(e, TimeoutError)              # anything else is an engine that ends: the next look tells
 
@@ -5196,13 +5207,14 @@ class Monitor:
         if got.kind == "ok" or got.kind == "time_out" and facts["memory"]:      # a part that hangs is not a Spark that is gone
             view = spark_view(facts, owners_of(config, name), old, light)
             sample = (time.time(), facts["memory"].get("MemAvailable"), facts["pressure"], (facts["gpu"] or {}).get("power_w"))
-            after = box if box.lost_at else box._replace(samples=(*box.samples, sample)[-60:])
+            after = box._replace(samples=(*box.samples, sample)[-60:]) if swap else box
         else:
             remedy = remedy_for(got, config.sparks[name])
             view = SparkView("unreachable", why_not(got), remedy, old.seen_at, failures=old.failures + 1)
-            after = box._replace(lost_at=box.lost_at or time.time())
-        if swap:
-            self._boxes[name] = after if box.swap == swap else Box(swap)
+            after = box._replace(lost=box.samples)
+        self._boxes[name] = Box(swap) if swap and box.swap != swap else after
+        if not swap and after.lost != box.lost and time.time() - after.lost[-1][0] < 20:       # the swap ended a moment before we knew
+            self.manager.keep_box(box.swap, self.black_box(box.swap))
         self._sparks[name] = view
         if old.state != view.state:             # the rest is told by the thread `history`, for all at once
             self._hub.bump()
@@ -5218,12 +5230,12 @@ class Monitor:
         return s.id if slot and name in slot.hosts else None
 
     def black_box(self, swap_id):
-        """{Spark: since when it does not answer, and its last samples} of those that stopped answering during that swap."""
-        boxes = {name: box for name, box in self._boxes.copy().items() if box.swap == swap_id and box.samples}
-        fields = ("available_gb", "pressure", "power_w")
-        return {name: {"lost_at": utc(box.lost_at or box.samples[-1][0]),
-                       "samples": [{"at": utc(at), **dict(zip(fields, row))} for at, *row in box.samples]}
-                for name, box in boxes.items() if box.lost_at or time.time() - box.samples[-1][0] > 8}
+        """{Spark: when it answered last, and what it told until then} of those that stopped answering during that swap."""
+        fields, told = ("available_gb", "pressure", "power_w"), {}
+        for name, box in self._boxes.copy().items():
+            if box.swap == swap_id and (rows := box.samples if box.samples and time.time() - box.samples[-1][0] > 8 else box.lost):
+                told[name] = {"lost_at": utc(rows[-1][0]), "samples": [{"at": utc(at), **dict(zip(fields, row))} for at, *row in rows]}
+        return told
 
     def _tick(self):
         """Once a poll: keep what was measured, and wake long-polls if anything changed that a person would notice."""
@@ -5237,7 +5249,8 @@ class Monitor:
             gpu = view.gpu or {}
             told = (view.memory or {}).get("available_gb"), gpu.get("busy"), gpu.get("power_w"), gpu.get("temperature_c")
             rows["sparks", name] = told if view.state == "ok" else (None,) * 4
-        self.history.add(time.time(), rows)
+        config = self._store.current
+        self.history.add(time.time(), rows, {"sparks": self._store.sparks, "slots": config.layout.slots, "services": self.services(config)})
         noticed = [*(self.spark(name).noticed() for name in self._store.sparks), *(v.facts for v in self._vitals.copy().values()),
                    *((v.detail, v.facts) for v in self._services.copy().values())]
         if noticed != self._noticed:
@@ -6571,11 +6584,6 @@ def post_validate(app, r):
     return 200, app.swaps.validate(slot, model)
 
 
-def post_unload(app, r):
-    slot = pick_slot(app.store.current, r.json.get("slot"))
-    return app.swap_reply(r, app.swaps.start(slot.name, None, note=r.json.get("note", ""), **right_of(r)), r.query.get("wait"))
-
-
 def post_lock(app, r):
     lease = app.take_lock(r, r.json, r.headers.get("x-swap-lock-token", ""), swap="asked", told=False)
     return 201, app.lock_reply(app.swaps.answered(lease.fence) or lease)        # it may have been over at once
@@ -6588,11 +6596,6 @@ def post_job(app, r):
         if what in r.json:
             entry_of(entries, what, r.json[what])
     return app.put_entry(r, "job", app.jobs)
-
-
-def get_webhooks(app, r):
-    url, events, secret = (app.store.settings["WEBHOOK_" + name] for name in ("URL", "EVENTS", "SECRET"))
-    return 200, {"receivers": len(url), "events": events, "signed": bool(secret), "deliveries": app.webhooks.deliveries()}
 
 
 def post_webhook_test(app, r):
@@ -6658,11 +6661,6 @@ def repo_model(app, key):
     if model.local_path:
         raise Refused(409, "local_model", f"{key} is a directory of yours ({model.local_path}): sparkctl neither downloads nor deletes it, do that there by hand")
     return model
-
-
-def get_disk(app, r):
-    config, served = app.store.current, app.monitor.served
-    return 200, app.transfers.disk({m.key for m in config.models.values() if weights_used_by(m, config, app.swaps.book, served)})
 
 
 def post_download(app, r):
@@ -6883,7 +6881,8 @@ ROUTES = (
     Route("DELETE", "/api/swap/{id}",        lambda app, r: (202, app.swaps.cancel(r.args["id"], **right_of(r)).public()), FORCE),
     Route("GET",    "/api/swap/{id}/stream", stream_swap),
     Route("POST",   "/api/swap/{key}/validate", post_validate, {}, {"slot": line_of(64)}, slow=True),
-    Route("POST",   "/api/unload",           post_unload, WAIT | FORCE, {"slot": line_of(64), "note": line_of(500)}),
+    Route("POST",   "/api/unload",           lambda app, r: app.swap_reply(r, app.swaps.start(
+        pick_slot(app.store.current, r.json.get("slot")).name, None, note=r.json.get("note", ""), **right_of(r)), r.query.get("wait")), WAIT | FORCE, {"slot": line_of(64), "note": line_of(500)}),
     Route("GET",    "/api/schedule",         lambda app, r: (200, dict(zip(("schedules", "conflicts"), app.schedules.view())))),
     Route("POST",   "/api/schedule",         lambda app, r: app.put_entry(r, "schedule", app.schedules), {},
           {k: v for k, v in SCHEDULE.items() if k != "registered_at"}),
@@ -6891,11 +6890,14 @@ ROUTES = (
     Route("GET",    "/api/jobs",             lambda app, r: (200, {"jobs": app.jobs.shown()})),
     Route("POST",   "/api/jobs",             post_job, {}, JOB),
     Route("DELETE", "/api/jobs/{id}",        lambda app, r: app.drop_entry(r, "job", app.jobs)),
-    Route("GET",    "/api/disk",             get_disk, slow=True),
+    Route("GET",    "/api/disk",             lambda app, r: (200, app.transfers.disk({
+        m.key for m in app.store.current.models.values() if weights_used_by(m, app.store.current, app.swaps.book, app.monitor.served)})), slow=True),
     Route("POST",   "/api/models/{key}/download", post_download, {}, {"hosts": spark_names}, slow=True),
     Route("DELETE", "/api/models/{key}/download", lambda app, r: (202, {"cancelled": app.transfers.cancel(r.args["key"], r.client)})),
     Route("DELETE", "/api/models/{key}/disk", delete_disk, {"host": line_of(64)} | FORCE, slow=True),
-    Route("GET",    "/api/webhooks",         get_webhooks),
+    Route("GET",    "/api/webhooks",         lambda app, r: (200, {
+        "receivers": len(app.store.settings["WEBHOOK_URL"]), "events": app.store.settings["WEBHOOK_EVENTS"],
+        "signed": bool(app.store.settings["WEBHOOK_SECRET"]), "deliveries": app.webhooks.deliveries()})),
     Route("POST",   "/api/webhooks/test",    post_webhook_test),
     Route("POST",   "/api/services/{name}/restart", post_restart, FORCE | {"follow": flag}, slow=True),
     Route("GET",    "/api/services",         lambda app, r: (200, {"services": app.tiles(app.store.current)})),

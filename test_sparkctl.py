@@ -2122,6 +2122,28 @@ def test_real_work_is_judged_by_what_it_brings_and_not_by_its_status_alone():
             stub.close()
 
 
+WORK_DONE = {"/v1/completions": (200, {"choices": [{"text": "."}]}), "/v1/embeddings": (200, {"data": [{"embedding": [0.5]}]}),
+             "/pooling": (200, {"data": [{"data": [0.5]}]}), "/v1/audio/transcriptions": (200, {"text": ""})}
+
+
+@pytest.mark.parametrize("answers, told", [*(({path: said}, None) for path, said in WORK_DONE.items()),
+    ({"/v1/completions": (200, {"choices": []})}, "/v1/completions: HTTP 200 without a result"),
+    ({"/v1/completions": (200, b"<html>")}, "/v1/completions: HTTP 200 without a result"),
+    ({"/v1/completions": (500, b"{}"), "/pooling": WORK_DONE["/pooling"]}, "/v1/completions: HTTP 500"), ({}, "/v1/completions: HTTP 404")])
+def test_an_engine_is_ready_when_it_does_the_work_of_its_model_whatever_that_is(answers, told):
+    stub, ends = Stub({path: (404, b"{}") for path in WORK_DONE} | answers, "127.0.0.1"), []
+    run = types.SimpleNamespace(config=types.SimpleNamespace(settings={"SWAP_WARM_TIMEOUT": 5.0}), slot=None, _watch=lambda s, pause: time.sleep(pause),
+                                endpoint=lambda slot: sc.Endpoint("127.0.0.1", stub.port), log=types.SimpleNamespace(add=lambda line: None),
+                                m=types.SimpleNamespace(_observe=lambda *seen: None, _conclude=lambda phase, plans: ends.append(phase)))
+    try:
+        sc.SwapRun.do_warming(run, types.SimpleNamespace(model="m", slot="main", plan=types.SimpleNamespace(served_names=("m",))))
+        assert ends == ["ready"] and told is None
+    except sc.Failed as e:
+        assert told and str(e).endswith(f"({told})") and not ends
+    finally:
+        stub.close()
+
+
 def test_applications_are_given_addresses_that_work_from_another_machine(start, tmp_path):
     rows = {"asr": {"kind": "asr", "host": "spark1", "port": 5092}, "far": {"kind": "vllm", "host": "spark2", "port": 8000}, "off": {"kind": "http", "host": "spark2", "port": 7},
             "open-webui": {"host": "spark2", "url": "https://chat.example.org/"}, "six": {"kind": "http", "host": "spark3", "port": 80}}
@@ -2205,6 +2227,8 @@ def test_counters_that_begin_again_are_no_negative_rate_and_a_frozen_engine_is_c
     told = sc.parse_vllm_metrics('vllm:num_requests_running{engine="0",model_name="a } 9"} 2.0\nvllm:num_requests_running{engine="1"} 1\n'
                                  'vllm:generation_tokens_total{x="y"} 1e+03\nvllm:kv_cache_usage_perc NaN\nvllm:prompt_tokens_total 7 \nrubbish 1\n')
     assert told == {"running": 3.0, "generation_tokens": 1000.0}
+    assert sc.parse_vllm_metrics('vllm:num_requests_running{engine="0"} 2\nvllm:num_requests_running{engine="1"} NaN\nvllm:kv_cache_usage_perc 55\n') == {}
+    assert sc.parse_vllm_metrics('vllm:kv_cache_usage_perc{engine="0"} 0.2\nvllm:kv_cache_usage_perc{engine="1"} 1.0\n') == {"kv_use": 1.0}
     first = sc.vitals_after(None, told, 10.0)
     assert first.facts == {"running": 3.0} and first.frozen == 0
     second = sc.vitals_after(first, {**told, "generation_tokens": 1100.0}, 20.0)
@@ -2385,15 +2409,15 @@ def test_what_hangs_ends_with_us_and_the_lock_of_a_restart_too(tmp_path):
 def test_rings_are_bounded_and_a_minute_is_the_mean_of_what_is_known():
     h = sc.History()
     for second in range(0, 30 * 3600, 5):
-        h.add(1_800_000_000 + second, {("sparks", "spark1"): (100.0, None if second % 10 else 50.0, 3.0, None), ("slots", "main"): (1, 0, 0.5, 10.0)})
+        h.add(1_800_000_000 + second, {("sparks", "spark1"): (100.0, None if second % 10 else 50.0, 3.0, None), ("slots", "main"): (1, 0, 0.5, 10.0)}, {"sparks": ["spark1"], "slots": ["main"]})
     now = 1_800_000_000 + 30 * 3600
     fine, coarse = h.read(now, 60), h.read(now, 1440)
     assert [len(ring) for ring in h._rings["sparks", "spark1"]] == [720, 1440, 12] and len(fine["sparks"]["spark1"]["at"]) == 720 and fine["sparks"]["spark1"]["gpu_busy"][-2:] == (50.0, None)
     told = coarse["sparks"]["spark1"]
     assert 1400 < len(told["at"]) <= 1440 and set(told["gpu_busy"]) == {50.0} and set(told["temperature_c"]) == {None} and told["hours"][-1]["gpu_busy"] == 50.0
     assert coarse["slots"]["main"]["tokens_per_s"][0] == 10.0 and len(h.read(now, 5)["sparks"]["spark1"]["at"]) == 60
-    h.add(now + 2 * 86400, {("sparks", "spark2"): (1, 2, 3, 4)})
-    assert list(h.read(now + 2 * 86400, 60)["sparks"]) == ["spark2"]
+    h.add(now + 5, {}, {"sparks": ["spark1", "spark2"], "slots": []})          # who is silent is remembered, who is gone is not
+    assert list(h.read(now, 60)["sparks"]) == ["spark1"] and not h.read(now, 1440)["slots"]
 
 
 def test_the_history_fills_at_the_pace_of_the_looks(two, looked_at):
@@ -2463,6 +2487,31 @@ def test_of_a_spark_that_freezes_during_a_swap_the_last_seconds_are_kept_with_th
     two.rig.behave("spark1", "alpha", load=0.3)
     assert two.swap("alpha").status == 200 and two.get("/api/swap").json["recent"][0]["id"] != swap["id"]
     assert two.get(f"/api/swap/{two.get('/api/swap').json['recent'][0]['id']}").json["blackbox"] is None
+
+
+def test_of_two_freezes_the_later_is_kept_even_if_the_swap_was_over_before_it_was_known(two, looked_at):
+    two.rig.behave("spark1", "alpha", load=60)
+    until(lambda: spark_state(two)["spark1"]["state"] == "ok")
+    swap = two.post("/api/swap", {"model": "alpha"}).json
+    two.phase("loading")
+    light = lambda: [c for c in two.rig.calls("spark1") if "@gpu" in c["command"] and "@docker" not in c["command"]]
+
+    def freeze(kb):
+        two.rig.control("spark1", "meminfo", MEMINFO.replace("120000000", kb))
+        before = len(light())
+        until(lambda: len(light()) > before + 2)
+        two.rig.control("spark1", "down")
+    freeze("  1048576")
+    until(lambda: spark_state(two)["spark1"]["state"] == "unreachable")
+    two.rig.clear("spark1", "down")
+    until(lambda: spark_state(two)["spark1"]["state"] == "ok")
+    freeze("  2097152")
+    two.call("DELETE", f"/api/swap/{swap['id']}")
+    two.idle()
+    kept = lambda: ((two.get(f"/api/swap/{swap['id']}").json["blackbox"] or {}).get("spark1") or {"samples": [{}]})["samples"][-1].get("available_gb")
+    until(lambda: kept() == 2.0)
+    two.restart()
+    assert kept() == 2.0
 
 
 def test_a_spark_that_hangs_delays_no_long_poll_no_request_and_no_swap_of_another(rig, start, tmp_path):
@@ -4290,6 +4339,22 @@ def test_hostile_names_are_text_and_nothing_scrolls_sideways_on_a_phone(browser,
         page.locator(".tile").first.click()
         page.locator("#drawer-h", has_text="[U+202E]").wait_for()
         no_errors(page)
+
+
+def test_a_spark_that_froze_in_a_swap_is_told_with_its_last_figures_and_a_name_opens_its_entry(browser, start):
+    p = start(args=("--demo",))
+    s = canned(p)
+    look = lambda at, gb: {"at": at, "available_gb": gb, "pressure": 80.0, "power_w": 30.0}
+    swap = {**dict.fromkeys(("ended_at", "started_at"), s["now"]), "id": "x", "slot": "main", "model": "tiny-chat", "phase": "failed", "phases": [], "rollback_of": None,
+            "error": {"code": "unreachable", "message": "it is silent", "remedy": "look at it", "log_tail": []},
+            "blackbox": {"spark2": {"lost_at": s["now"], "samples": [look("2026-01-01T10:00:00Z", 30.0), look("2026-01-01T10:00:45Z", 0.8)]}}}
+    s["services"] = [{**s["services"][0], "name": "qdrant", "state": "serving", "facts": {"collections": ["notes"], "voices": ["a", "b"]}}]
+    page = open_page(browser, p, canned={**s, "last": swap}, timezone_id="UTC")
+    sees(page, "Last heard of at 10:00:45: 0.8 GB free, 30.0 at 10:00:00")
+    assert "spark2" in page.locator(".outcome dl").inner_text() and page.locator("#tiles").get_by_text("2 voices, 1 collection", exact=True).count() == 1
+    row(page, "Tiny Chat 7B").locator("h3").first.click()
+    sees(page, "What vLLM will be given")
+    no_errors(page)
 
 
 def test_an_update_touches_only_what_changed_however_long_catalog_and_log_are(browser, start):
