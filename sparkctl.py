@@ -647,7 +647,7 @@ def run_process(argv, timeout_s, cancel=None, send=None):
                     if not chunk:
                         ready.unregister(key.fileobj)
                 if cancel and cancel.is_set():
-                    raise Cancelled()
+                    raise Cancelled("cut off")
                 if deadline <= time.monotonic():
                     raise subprocess.TimeoutExpired(argv, timeout_s)
                 if len(read["out"]) + len(read["err"]) > OUTPUT_MAX:
@@ -7176,9 +7176,9 @@ class Handler(BaseHTTPRequestHandler):
             except Exception as e:
                 if size is None or isinstance(e, (OSError, ClientGone)):       # a refusal like any other, or nobody to be told
                     raise
-                if not isinstance(e, Refused):
+                if not isinstance(e, (Refused, Cancelled)):
                     log(f"a stream broke off: {traceback.format_exc()}")
-                send(f"-- {e if isinstance(e, Refused) else 'an internal error'}\n".encode() if fields["Content-Type"] == TEXT["Content-Type"] else b"")
+                send(f"-- {e if isinstance(e, (Refused, Cancelled)) else 'an internal error'}\n".encode() if fields["Content-Type"] == TEXT["Content-Type"] else b"")
         return status, size
 
     def proxy(self, app, request, length):

@@ -2201,6 +2201,7 @@ def test_a_services_log_is_told_followed_and_its_reader_may_leave(zoo):
     got = zoo.get("/api/services/gone/logs")
     assert (got.status, got.code) == (502, "logs_failed") and "No such" in got.json["error"]["message"]
     assert zoo.get("/api/services/gone/logs?follow=true").code == "logs_failed"
+    assert "broke off" not in zoo.said()        # who leaves is no error
 
 
 def test_a_built_in_service_has_a_tile_once_it_was_seen_and_a_strangers_port_is_not_taken_for_it(tmp_path, monkeypatch):
