@@ -4281,6 +4281,10 @@ def test_knobs_are_edited_with_the_command_line_live_and_models_jobs_and_setting
     page.locator("#ask-go").click()
     until(lambda: p.get("/api/jobs").json["jobs"] == [])
     page.get_by_role("button", name="Settings").click()
+    groups = page.locator("#groups [data-group]")
+    groups.first.wait_for()
+    assert groups.evaluate_all("list => list.map(n => n.dataset.group)") == ["Sparks", "Swaps", "Requests", "Webhooks", "Others"]
+    assert groups.nth(2).locator("[name]").get_attribute("name") == "HOLD_SECONDS" and "`" not in page.locator("#groups").inner_text()
     page.get_by_label("HOLD_SECONDS").fill("45")
     assert page.get_by_label("SPARK1_HOST").get_attribute("readonly") is not None
     page.get_by_role("button", name="Test connection").first.click()
@@ -4350,9 +4354,13 @@ def test_a_spark_that_froze_in_a_swap_is_told_with_its_last_figures_and_a_name_o
             "error": {"code": "unreachable", "message": "it is silent", "remedy": "look at it", "log_tail": []},
             "blackbox": {"spark2": {"lost_at": s["now"], "samples": [look("2026-01-01T10:00:00Z", 30.0), look("2026-01-01T10:00:45Z", 0.8)]}}}
     s["services"] = [{**s["services"][0], "name": "qdrant", "state": "serving", "facts": {"collections": ["notes"], "voices": ["a", "b"]}}]
+    swap["error"]["log_tail"] = [f"line {n}" for n in range(99)]
+    s["sparks"][0]["ledger"] = None             # as while a swap runs
     page = open_page(browser, p, canned={**s, "last": swap}, timezone_id="UTC")
     sees(page, "Last heard of at 10:00:45: 0.8 GB free, 30.0 at 10:00:00")
     assert "spark2" in page.locator(".outcome dl").inner_text() and page.locator("#tiles").get_by_text("2 voices, 1 collection", exact=True).count() == 1
+    assert page.locator(".outcome .log ol").evaluate("n => n.scrollHeight - n.scrollTop - n.clientHeight") < 2     # at its last line
+    assert page.locator(".spark .ledger").first.inner_text().split() == ["Engine", "–", "Services", "–", "Cache", "–", "Other", "81.7", "Free", "40.0"]
     row(page, "Tiny Chat 7B").locator("h3").first.click()
     sees(page, "What vLLM will be given")
     no_errors(page)
