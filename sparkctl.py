@@ -3254,7 +3254,7 @@ class SwapRun:
             try:
                 done.put(do_work(self.endpoint(self.slot), "", ENGINE_WORK({"model": s.model}), limit, stop))
             except Exception as e:                          # told below, by the thread that decides
-                done.put(("its first request", 0, type(e).__name__.encode(), False))
+                done.put(("the engine", 0, type(e).__name__.encode(), False))
         threading.Thread(target=ask, name="warm", daemon=True).start()
         try:
             while done.empty():
@@ -3264,8 +3264,8 @@ class SwapRun:
             stop.set()
         if not good:
             self.log.add(f"{path} answered {status}: {reply[:300].decode('utf-8', 'replace')}")
-            what = f"HTTP {status}{' without a result' * (status < 300)}" if status else f"no answer within {limit:g} s"
-            raise Failed("warming_failed", f"the engine is up, and its first request failed ({path}: {what})",
+            what = f"{path}: HTTP {status}{' without a result' * (status < 300)}" if status else f"no answer within {limit:g} s"
+            raise Failed("warming_failed", f"the engine is up, and its first request failed ({what})",
                          "the log's last lines may say why")
         self.m._observe(s.slot, Probe("serving", s.plan.served_names))
         self.m._conclude("ready", plans={s.slot: s.plan})
