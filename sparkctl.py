@@ -3933,9 +3933,10 @@ class SwapManager(Arbiter):
     def keep_box(self, swap_id, box):
         """Add what a Spark told last to a swap that is over."""
         with self._lock:
-            self.recent = tuple(dataclasses.replace(s, blackbox=box) if s.id == swap_id else s for s in self.recent)
-            for s in (s for s in self.recent if s.id == swap_id):
+            kept = tuple(dataclasses.replace(s, blackbox=box) if s.id == swap_id else s for s in self.recent)
+            for s in (s for s in kept if s.id == swap_id):
                 write_state(os.path.join(self.dir, s.id + ".json"), s.journal())
+            self.recent = kept                  # what is told is on the disk
 
 
 # === 10 coordination ==========================================================
@@ -5249,8 +5250,7 @@ class Monitor:
             gpu = view.gpu or {}
             told = (view.memory or {}).get("available_gb"), gpu.get("busy"), gpu.get("power_w"), gpu.get("temperature_c")
             rows["sparks", name] = told if view.state == "ok" else (None,) * 4
-        config = self._store.current
-        self.history.add(time.time(), rows, {"sparks": self._store.sparks, "slots": config.layout.slots, "services": self.services(config)})
+        self.history.add(time.time(), rows, {"sparks": self._store.sparks, "slots": self._store.current.layout.slots, "services": self.services(self._store.current)})
         noticed = [*(self.spark(name).noticed() for name in self._store.sparks), *(v.facts for v in self._vitals.copy().values()),
                    *((v.detail, v.facts) for v in self._services.copy().values())]
         if noticed != self._noticed:
