@@ -3563,10 +3563,9 @@ class SwapManager(Arbiter):
 
     KEEP, KEEP_DRY = 50, 10                                 # terminal swaps, each with its log; dry runs, in memory only
 
-    def __init__(self, data_dir, config, hosts, hub, gate, events, warn, observe=lambda slot, probe: None, black_box=lambda swap_id: None):
+    def __init__(self, data_dir, config, hosts, hub, gate, events, warn, observe=lambda slot, probe: None):
         self.dir = os.path.join(data_dir, "swaps")
         self._config, self.hosts, self.gate, self._observe = config, hosts, gate, observe       # config: () -> Config
-        self._black_box = black_box                         # asked when a swap ends
         self.recent = ()                                   # replaced under _lock; terminal swaps, newest first
         self._logs = {}                                     # guarded by _lock; id -> SwapLog
         self._verdicts = {}                                 # guarded by _lock; (image id, argv) -> what vLLM's parser said
@@ -3869,7 +3868,7 @@ class SwapManager(Arbiter):
                     return
                 if (now := self.book.running) is None or now.id != run.id:
                     return                      # it was over when this happened
-                self._update(save=True, ending=ending, blackbox=self._black_box(s.id) or None)
+                self._update(save=True, ending=ending)
         finally:
             run.close()
 
@@ -3894,13 +3893,12 @@ class SwapManager(Arbiter):
         Whoever sees the swap over can start the next at once. The history is written first: a crash in between
         finds the swap in the journal and ends it again.
         """
-        now, swap_log, box = time.time(), self.log_of(self.book.running.id), self._black_box(self.book.running.id)
+        now, swap_log = time.time(), self.log_of(self.book.running.id)
         swap_log.add(f"-- {phase}" + (f": {facts['error']['message']}" if facts.get("error") else ""))
         with self._changing() as news:
             book = self._settle_locked(news)
             rollback = rollback and book.waiting is None
-            s = advance(book.running, phase, now, rollback_id=book.running.id + "-rb" if rollback else None, cancelling=False,
-                        blackbox=box or book.running.blackbox, **facts)
+            s = advance(book.running, phase, now, rollback_id=book.running.id + "-rb" if rollback else None, cancelling=False, **facts)
             if not s.dry_run:
                 write_state(os.path.join(self.dir, s.id + ".json"), s.journal())
             following = book.waiting
@@ -3930,13 +3928,17 @@ class SwapManager(Arbiter):
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.dir, o.id + suffix))
 
-    def keep_box(self, swap_id, box):
-        """Add what a Spark told last to a swap that is over."""
+    def keep_box(self, swap_id, spark, told):
+        """Add what a Spark told last to a swap, whether it runs or is over."""
+        add = lambda s: dataclasses.replace(s, blackbox={**(s.blackbox or {}), spark: told}, seq=s.seq + 1)
         with self._lock:
-            kept = tuple(dataclasses.replace(s, blackbox=box) if s.id == swap_id else s for s in self.recent)
-            for s in (s for s in kept if s.id == swap_id):
-                write_state(os.path.join(self.dir, s.id + ".json"), s.journal())
-            self.recent = kept                  # what is told is on the disk
+            if self.book.running and self.book.running.id == swap_id:
+                self._commit_locked(self.book.replace(running=add(self.book.running)), must=False)
+            for s in (s for s in self.recent if s.id == swap_id):
+                kept = add(s)
+                write_state(os.path.join(self.dir, s.id + ".json"), kept.journal())
+                self.recent = tuple(kept if old is s else old for old in self.recent)       # what is told is on the disk
+        self._hub.bump()
 
 
 # === 10 coordination ==========================================================
@@ -5002,7 +5004,11 @@ class Box(NamedTuple):
     """What a Spark told during a swap, second by second."""
     swap: str
     samples: tuple = ()         # (Unix time, available GiB, pressure %, power W), the last 60
-    lost: tuple = ()            # samples as they were when it last stopped answering
+
+    def public(self):
+        """When it answered last, and what it told until then."""
+        fields = ("available_gb", "pressure", "power_w")
+        return {"lost_at": utc(self.samples[-1][0]), "samples": [{"at": utc(at), **dict(zip(fields, row))} for at, *row in self.samples]}
 
 
 def prometheus(families):
@@ -5208,14 +5214,13 @@ class Monitor:
         if got.kind == "ok" or got.kind == "time_out" and facts["memory"]:      # a part that hangs is not a Spark that is gone
             view = spark_view(facts, owners_of(config, name), old, light)
             sample = (time.time(), facts["memory"].get("MemAvailable"), facts["pressure"], (facts["gpu"] or {}).get("power_w"))
-            after = box._replace(samples=(*box.samples, sample)[-60:]) if swap else box
+            if swap:
+                self._boxes[name] = Box(swap, (*(box.samples if box.swap == swap else ()), sample)[-60:])
         else:
             remedy = remedy_for(got, config.sparks[name])
             view = SparkView("unreachable", why_not(got), remedy, old.seen_at, failures=old.failures + 1)
-            after = box._replace(lost=box.samples)
-        self._boxes[name] = Box(swap) if swap and box.swap != swap else after
-        if not swap and after.lost != box.lost and time.time() - after.lost[-1][0] < 20:       # the swap ended a moment before we knew
-            self.manager.keep_box(box.swap, self.black_box(box.swap))
+            if old.state != "unreachable" and box.samples and (box.swap == swap or time.time() - box.samples[-1][0] < 20):
+                self.manager.keep_box(box.swap, name, box.public())     # of a swap that may have ended a moment before we knew
         self._sparks[name] = view
         if old.state != view.state:             # the rest is told by the thread `history`, for all at once
             self._hub.bump()
@@ -5229,14 +5234,6 @@ class Monitor:
         s = self.manager.book.running
         slot = self._store.current.layout.slots.get(s.slot) if s and not s.dry_run else None
         return s.id if slot and name in slot.hosts else None
-
-    def black_box(self, swap_id):
-        """{Spark: when it answered last, and what it told until then} of those that stopped answering during that swap."""
-        fields, told = ("available_gb", "pressure", "power_w"), {}
-        for name, box in self._boxes.copy().items():
-            if box.swap == swap_id and (rows := box.samples if box.samples and time.time() - box.samples[-1][0] > 8 else box.lost):
-                told[name] = {"lost_at": utc(rows[-1][0]), "samples": [{"at": utc(at), **dict(zip(fields, row))} for at, *row in rows]}
-        return told
 
     def _tick(self):
         """Once a poll: keep what was measured, and wake long-polls if anything changed that a person would notice."""
@@ -6044,7 +6041,7 @@ class App:
         self.hosts = Hosts(store.sparks.values())
         self.monitor = Monitor(store, self.hosts, self.hub, self.events)
         self.swaps = SwapManager(data_dir, lambda: store.current, self.hosts, self.hub, self.gate, self.events.add,
-                                 self.warnings.append, self.monitor.observe, self.monitor.black_box)
+                                 self.warnings.append, self.monitor.observe)
         self.monitor.manager = self.swaps
         self.webhooks = Webhooks(lambda: store.current.settings, self.hub)
         self.events.listeners += [self.webhooks.tell, self.activity.listen]

@@ -2462,12 +2462,17 @@ def test_what_is_named_in_a_metric_may_be_hostile():
     assert said == '# HELP sparkctl_x help\n# TYPE sparkctl_x gauge\nsparkctl_x{a="b\\"\\\\\\n\u202e?"} 1.0\nsparkctl_x_y +Inf\n'
 
 
-def test_of_a_spark_that_freezes_during_a_swap_the_last_seconds_are_kept_with_the_swap(two, looked_at):
+def watched_swap(two):
+    """(a swap that loads for long, the looks at spark1 that a swap asks for)"""
     two.rig.behave("spark1", "alpha", load=60)
     until(lambda: spark_state(two)["spark1"]["state"] == "ok")
     swap = two.post("/api/swap", {"model": "alpha"}).json
     two.phase("loading")
-    light = lambda: [c for c in two.rig.calls("spark1") if "@gpu" in c["command"] and "@docker" not in c["command"]]
+    return swap, lambda: [c for c in two.rig.calls("spark1") if "@gpu" in c["command"] and "@docker" not in c["command"]]
+
+
+def test_of_a_spark_that_freezes_during_a_swap_the_last_seconds_are_kept_with_the_swap(two, looked_at):
+    swap, light = watched_swap(two)
     until(lambda: len(light()) > 1)
     two.rig.control("spark1", "meminfo", MEMINFO.replace("120000000", "  1048576"))
     before = len(light())
@@ -2491,11 +2496,7 @@ def test_of_a_spark_that_freezes_during_a_swap_the_last_seconds_are_kept_with_th
 
 
 def test_of_two_freezes_the_later_is_kept_even_if_the_swap_was_over_before_it_was_known(two, looked_at):
-    two.rig.behave("spark1", "alpha", load=60)
-    until(lambda: spark_state(two)["spark1"]["state"] == "ok")
-    swap = two.post("/api/swap", {"model": "alpha"}).json
-    two.phase("loading")
-    light = lambda: [c for c in two.rig.calls("spark1") if "@gpu" in c["command"] and "@docker" not in c["command"]]
+    swap, light = watched_swap(two)
 
     def freeze(kb):
         two.rig.control("spark1", "meminfo", MEMINFO.replace("120000000", kb))
@@ -2513,6 +2514,29 @@ def test_of_two_freezes_the_later_is_kept_even_if_the_swap_was_over_before_it_wa
     until(lambda: kept() == 2.0)
     two.restart()
     assert kept() == 2.0
+
+
+@pytest.mark.parametrize("at_the_look, after", [("a", None), ("a", "a-rb"), (None, None), ("a-rb", "a-rb"), ("a", "a")])
+def test_the_last_looks_are_the_swaps_that_asked_for_them_whatever_runs_when_the_silence_is_known(monkeypatch, at_the_look, after):
+    running = lambda id_: id_ and types.SimpleNamespace(id=id_, slot="main", dry_run=False)
+    said = "".join(f"/proc/meminfo:{line}\n" for line in MEMINFO.splitlines()) + "@gpu\n@end\n"
+    config = types.SimpleNamespace(settings={"POLL_SECONDS": 5}, sparks={"spark1": None}, layout=types.SimpleNamespace(slots={"main": types.SimpleNamespace(hosts=("spark1",))}))
+    kept, book = [], types.SimpleNamespace(running=running("a"))
+
+    def look(kind, then):
+        book.running, answer = running(then), types.SimpleNamespace(kind=kind, out=said if kind == "ok" else "", err="")
+        return answer
+    hosts = types.SimpleNamespace(address=lambda name, again: None)
+    m = sc.Monitor(types.SimpleNamespace(current=config, sparks=config.sparks), hosts, sc.Hub(), types.SimpleNamespace(add=lambda *told, **facts: None))
+    m.manager = types.SimpleNamespace(book=book, keep_box=lambda *box: kept.append(box))
+    monkeypatch.setattr(m, "_rest", lambda *how: None)
+    monkeypatch.setattr(sc, "owners_of", lambda config, spark: {})
+    monkeypatch.setattr(sc, "remedy_for", lambda got, spark: "")
+    for kind, now, then in (("ok", "a", "a"), ("ok", "a", "a"), ("time_out", at_the_look, after), ("time_out", after, after)):
+        book.running, hosts.run = running(now), lambda name, script, limit: look(kind, then)
+        m._look_at_spark("spark1")
+    (swap, spark, told), = kept                 # the second look at what is silent tells nothing new
+    assert (swap, spark, len(told["samples"]), told["lost_at"]) == ("a", "spark1", 2, told["samples"][-1]["at"])
 
 
 def test_a_spark_that_hangs_delays_no_long_poll_no_request_and_no_swap_of_another(rig, start, tmp_path):
