@@ -3846,7 +3846,7 @@ class SwapManager(Arbiter):
         """Perform the running swap to its end."""
         run = SwapRun(self, self._config(), self._cancel)
         try:
-            while (s := self.book.running) and s.id == run.id:
+            while not self._closing.is_set() and (s := self.book.running) and s.id == run.id:
                 try:
                     if s.ending:
                         self._finish(run)
@@ -3877,6 +3877,8 @@ class SwapManager(Arbiter):
         s = self.book.running
         run.close()
         left = run.clean_up(s) if s.touched else None
+        if self._closing.is_set():              # it may have been cut off; the next start does it again
+            return
         serves = left is not None and left == s.previous
         if serves:
             run.log.add(f"-- {left.model} still serves")

@@ -6306,7 +6306,8 @@ def test_a_swap_survives_the_death_of_sparkctl_in_every_phase(two, phase, number
     assert two.get("/api/swap").json["recent"][-1]["model"] == "alpha"
 
 
-def test_a_rollback_is_owed_even_if_sparkctl_dies_while_cleaning_up(two):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_rollback_is_owed_even_if_sparkctl_dies_while_cleaning_up(two, number):
     assert two.swap("alpha").status == 200
     two.rig.behave("spark1", "beta", mode="never_ready")
     swap = two.post("/api/swap", {"model": "beta"}).json
@@ -6314,7 +6315,7 @@ def test_a_rollback_is_owed_even_if_sparkctl_dies_while_cleaning_up(two):
     two.rig.control("spark1", "latency", "0.7")
     two.call("DELETE", f"/api/swap/{swap['id']}")
     until(lambda: json.loads((two.data / "swap.json").read_text())["running"]["ending"])
-    two.kill()
+    two.kill(number)
     two.rig.clear("spark1", "latency")
     two.start()
     assert two.get(f"/api/swap/{swap['id']}?wait=30").json["phase"] == "cancelled"
