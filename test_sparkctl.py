@@ -6323,6 +6323,67 @@ def test_a_rollback_is_owed_even_if_sparkctl_dies_while_cleaning_up(two, number)
     assert [a[2] for _, a in two.rig.engines("spark1")] == ["org/alpha"]
 
 
+def test_a_clean_up_that_our_own_end_cut_off_is_done_again_at_the_next_start(tmp_path):
+    m = manager(tmp_path)
+    swap = m.start("main", "alpha")
+    m._update(save=True, touched=True, ending={"phase": "cancelled"})
+    m._finish(types.SimpleNamespace(id=swap.id, clean_up=lambda s: m._closing.set(), close=lambda: None, log=m.log_of(swap.id)))
+    assert manager(tmp_path).book.running.ending == {"phase": "cancelled"}
+    done = []
+    m._drive = types.MethodType(sc.SwapManager._drive, m)
+    m._finish = lambda run: done.append(run)
+    m._drive()
+    assert not done                             # nor is it tried again while we end
+
+
+def test_a_head_that_ssh_cannot_reach_is_not_told_as_a_launcher_that_hangs():
+    for code, told in ((255, "unreachable"), (-1, "launch_timeout")):
+        run = types.SimpleNamespace(config=types.SimpleNamespace(settings={"SWAP_LAUNCH_TIMEOUT": 5.0}, sparks={"spark1": sc.Spark("spark1", "host1")}), left=lambda limit: 0.0,
+                                    on=lambda *asked: sc.Result("time_out", code, "", "ssh: connect to host host1 port 22: Connection timed out"), log=types.SimpleNamespace(add=lambda line: None))
+        with pytest.raises(sc.Failed) as failed:
+            sc.SwapRun.do_launching(run, types.SimpleNamespace(id="x", plan=types.SimpleNamespace(hosts=("spark1",), launch="true")))
+        assert failed.value.code == told and failed.value.remedy
+
+
+def test_a_slot_that_left_the_files_during_its_swap_is_published_to_nobody(two):
+    two.rig.behave("spark1", "alpha", load=3)
+    swap = two.post("/api/swap", {"model": "alpha"}).json
+    two.phase("loading")
+    Path(two.dir / "services.yaml").write_text(f"slots: {{other: {{hosts: [spark2], port: {two.rig.port}, container: other}}}}")
+    until(lambda: [s["name"] for s in two.get("/api/state").json["slots"]] == ["other"])
+    assert two.get(f"/api/swap/{swap['id']}?wait=30").json["phase"] == "ready"
+    assert two.get("/v1/models").json["data"] == []
+
+
+def test_what_a_model_kept_secret_when_it_was_launched_is_hidden_though_the_catalog_changed_since(tmp_path):
+    m = manager(tmp_path)
+    swap = m.start("main", "alpha")
+    m._update(plan=sc.Plan("main", "alpha", ("alpha",), ("spark1",), 1, "c", "b", "", "", "", "", "", hidden=("old s3cret",)))
+    m.hosts = types.SimpleNamespace(run=lambda host, script, timeout_s, cancel: sc.Result("failed", 1, "TOKEN=old\\ s3cret", "is old s3cret"))
+    run = sc.SwapRun(m, m._config(), threading.Event())
+    assert run.on("spark1", "x", 1)[2:] == ("TOKEN=***", "is ***")
+    run._heard("engine: old s3cret")
+    assert m.log_of(swap.id).tail() == ["engine: ***"]
+
+
+def test_a_log_on_disk_ends_at_its_bytes_whatever_it_is_written_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(sc.SwapLog, "DISK", 5000)
+    swap_log = sc.SwapLog(tmp_path / "x.log")
+    for _ in range(100):
+        swap_log.add("日" * 100)
+    assert 4600 < os.path.getsize(tmp_path / "x.log") <= 5000 and len(swap_log.tail(200)) == 100
+
+
+def test_of_a_history_only_the_last_files_stay_on_disk(tmp_path):
+    (tmp_path / "swaps").mkdir()
+    names = [f"2020-{n:03d}" for n in range(110)]
+    for name in names:
+        for suffix in (".json", ".log", ".engine.log"):
+            (tmp_path / "swaps" / (name + suffix)).write_text("{}")
+    m = manager(tmp_path)
+    assert sorted(os.listdir(tmp_path / "swaps")) == [name + ".json" for name in names[-100:]] and len(m.warnings) == 100
+
+
 def test_with_no_journal_what_the_slot_really_serves_is_adopted(two):
     assert two.swap("alpha").status == 200
     two.kill()
