@@ -5100,6 +5100,8 @@ class Monitor:
         """Record what a slot answered; mark: of a poll, the slot's when it asked, so that a change is none of our swaps' doing."""
         with self._lock:
             old = self._slots.get(name)
+            if name not in self._store.current.layout.slots:        # it left the files during its swap, and nobody looks at it any more
+                return
             if old and old.probe == probe or mark and self.manager.mark(name) != mark:     # a swap began or ended meanwhile: it knows better
                 return
             same = old and old.probe[:2] == probe[:2]       # but for why, which may tell an empty slot from an unknown one
