@@ -1517,6 +1517,7 @@ class Plan:
     alive: str                  # shell text, or blank
     need_gb: float = 0          # GiB per Spark that must be free before the launch; 0 = unknown
     weights_gb: float = 0       # GiB of all its weights; 0 = unknown
+    hidden: tuple = ()          # secrets of its model as it was then
 
 
 def stop_command(slot, config, wide):
@@ -1539,7 +1540,7 @@ def make_plan(model, slot, config, flags=frozenset(("--name",)), need_gb=0, weig
     shown = hide(launch, model.secrets())
     return Plan(slot.name, model.key, model.served_names, slot.hosts if model.mode == "cluster" else slot.hosts[:1],
                 slot.port, slot.container, slot.backend, launch, shown, stop_command(slot, config, model.mode == "cluster"), logs, fill(template.alive, words),
-                need_gb, weights_gb)
+                need_gb, weights_gb, tuple(sorted(model.secrets())))
 
 
 # --- scripts; each is POSIX sh, runs on one Spark, and may be run twice without harm
@@ -2986,7 +2987,8 @@ class SwapRun:
         self.m, self.config, self.cancel = manager, config, cancel
         s = manager.book.running
         self.id, self.log, self.slot = s.id, manager.log_of(s.id), config.layout.slots.get(s.slot)
-        self.hidden = config.models[s.model].secrets() if s.model in config.models else ()      # what no log line may hold
+        plans = filter(None, (s.plan, s.previous, manager.book.slots.get(s.slot)))      # of models that may have changed since
+        self.hidden = {*(config.models[s.model].secrets() if s.model in config.models else ()), *(value for plan in plans for value in plan.hidden)}
         self.phase, self.phase_at = "", 0.0     # the phase being performed, and since when (monotonic), by this process
         self.was_empty = False              # nothing was there to stop, so no memory has to come back
         self.down = set()                   # Sparks that did not answer when they were checked
@@ -3010,7 +3012,8 @@ class SwapRun:
     # --- helpers
 
     def on(self, host, script, timeout_s):
-        return self.m.hosts.run(host, script, timeout_s, self.cancel)
+        got = self.m.hosts.run(host, script, timeout_s, self.cancel)
+        return got._replace(out=hide(got.out, self.hidden), err=hide(got.err, self.hidden))
 
     def endpoint(self, place):
         return endpoint_of(place, self.m.hosts, self.config.settings)
@@ -3153,7 +3156,7 @@ class SwapRun:
         lines = [line for line in f"{got.out}\n{got.err}".splitlines() if line.strip()]
         # the first line that begins so is ours, whatever a login shell says before it and the launcher after it
         since = next((line[6:].strip() for line in lines if line.startswith("since ")), "")
-        lines = [hide(line, self.hidden) for line in lines if line != "since " + since]
+        lines = [line for line in lines if line != "since " + since]
         for line in lines:
             self.log.add(line)
         if got.kind == "time_out" and got.code != 255:      # 255: it was ssh that got no answer

@@ -5391,7 +5391,7 @@ def test_a_secret_in_a_models_environment_is_not_shown():
     model = sc.ModelDef("k", "k", repo="o/n", served_names=("k",), env=(("HF_TOKEN", "hf_s3cret it's"), ("PLAIN", "x")))
     config = sc.Config(sc.parse_settings({}), {}, {}, sc.Layout({}, {}, {}), ())
     plan = sc.make_plan(model, sc.Slot("main", ("spark1",), 1, "vllm_node", "launch-cluster"), config)
-    assert "s3cret" in plan.launch and "s3cret" not in plan.shown and "PLAIN=x" in plan.shown
+    assert "s3cret" in plan.launch and "s3cret" not in plan.shown and "PLAIN=x" in plan.shown and plan.hidden == ("hf_s3cret it's",)
     assert model.public()["env"] == {"HF_TOKEN": "***", "PLAIN": "x"}
 
 
