@@ -444,7 +444,7 @@ def write_atomic(path, data):
 
 
 def read_state(path, warn):
-    """The JSON object in path, or {} if there is none. A torn or foreign file is set aside and reported."""
+    """The JSON object in path, or {} if there is none. A torn or foreign file is set aside and reported. Raises OSError if it cannot be read."""
     try:
         with open(path, "rb") as f:
             got = json.loads(f.read())
@@ -452,7 +452,7 @@ def read_state(path, warn):
         return got
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         aside = f"{path}.bad-{int(time.time())}"
         with contextlib.suppress(OSError):
             os.replace(path, aside)
@@ -3763,8 +3763,8 @@ class SwapManager(Arbiter):
             try:
                 recent.append(Swap.from_journal(read_state(os.path.join(self.dir, name + ".json"), warn)))
                 kept.add(recent[-1].id)
-            except (TypeError, KeyError, ValueError, AttributeError):
-                warn(f"swaps/{name}.json is of another shape and is left out")
+            except (OSError, TypeError, KeyError, ValueError, AttributeError) as e:
+                warn(f"swaps/{name}.json {'cannot be read' if isinstance(e, OSError) else 'is of another shape'} and is left out")
         for name in os.listdir(self.dir):                   # what a crash or a dry run left
             if name.startswith(".tmp-") or name.endswith(".log") and name.split(".")[0] not in kept:
                 with contextlib.suppress(OSError):

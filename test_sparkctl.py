@@ -4801,6 +4801,15 @@ def test_a_torn_or_foreign_state_file_is_set_aside_and_reported(tmp_path, conten
     assert len(told) == 1 and [n for n in os.listdir(tmp_path) if n.startswith("swap.json.bad-")]
 
 
+def test_a_state_file_that_cannot_be_read_ends_the_start_and_stays_as_it_is(tmp_path, start):
+    (tmp_path / "data" / "swap.json").mkdir(parents=True)       # root may read any file
+    p = start(wait=False)
+    assert p.process.wait(20) == 2
+    assert str(tmp_path / "data" / "swap.json") in p.said() and os.listdir(tmp_path / "data" / "swap.json") == []
+    with pytest.raises(OSError):
+        sc.read_state(str(tmp_path / "data"), print)
+
+
 def test_text_from_outside_is_printed_without_control_characters():
     assert sc.printable("a\x1b[31mred\x1b[0m\rb\x00\x07\tc") == "ared\ufffdb\ufffd\ufffd c"
 
