@@ -3954,7 +3954,7 @@ class SwapManager(Arbiter):
 EVENTS = tuple("""swap_started swap_cancel swap_complete swap_failed swap_cancelled dry_run lock_acquired lock_extended lock_released lock_expired
     lock_override model_changed model_lost engine_wedged engine_recovered job_set job_removed job_ok job_failed schedule_set schedule_removed
     download_started download_complete download_failed download_cancelled weights_deleted service_serving service_loading service_down
-    service_unreachable service_unknown service_restart spark_ok spark_unreachable catalog_changed settings_changed config_changed started stopped
+    service_unreachable service_unknown service_restart spark_ok spark_unreachable spark_unknown catalog_changed settings_changed config_changed started stopped
     state_lost""".split())
 
 
@@ -5028,6 +5028,7 @@ def prometheus(families):
     return ("\n".join(lines) + "\n").encode("utf-8", "replace")
 
 
+LOOK_S = 15                     # that a look at a Spark may take
 WEDGE_LOOKS, WEDGE_W, WEDGE_CANARY_S = 3, 30.0, 20.0    # looks without a token; a Spark that works takes more; what one token may take
 
 
@@ -5075,7 +5076,8 @@ class Monitor:
             return self._slots.get(name, SlotView(Probe("unknown"), utc()))
 
     def spark(self, name):
-        view, late = self._sparks.get(name, SparkView("unknown")), 2 * self._store.current.settings["POLL_SECONDS"] + 5
+        view, poll = self._sparks.get(name, SparkView("unknown")), self._store.current.settings["POLL_SECONDS"]
+        late = LOOK_S + 5 + 1.2 * min(60, 2 * poll) if view.failures else 2 * poll + 5      # where a part hangs the next look comes later, and takes long
         if view.state == "ok" and time.monotonic() - view.heard > late:
             return view._replace(state="stale", detail=f"has not answered since {view.seen_at}; what is shown is from then")
         return view
@@ -5213,10 +5215,10 @@ class Monitor:
 
     def _look_at_spark(self, name):
         """One look at a Spark; then wait for the next: during a swap a second, when it is dead more and more."""
-        config, old, swap = self._store.current, self.spark(name), self._swap_at(name)
+        config, old, swap, first = self._store.current, self.spark(name), self._swap_at(name), name not in self._sparks
         box = self._boxes.get(name, Box(""))
         light = swap is not None and box.swap == swap and old.state == "ok"
-        got = self._hosts.run(name, spark_script(light), 10 if swap else 15)
+        got = self._hosts.run(name, spark_script(light), 10 if swap else LOOK_S)
         facts = parse_spark(got.out)
         if got.kind == "ok" or got.kind == "time_out" and facts["memory"]:      # a part that hangs is not a Spark that is gone
             view = spark_view(facts, owners_of(config, name), old, light)
@@ -5231,7 +5233,7 @@ class Monitor:
         self._sparks[name] = view
         if old.state != view.state:             # the rest is told by the thread `history`, for all at once
             self._hub.bump()
-        if old.state not in ("unknown", view.state) and (old.state, view.state) != ("stale", "ok"):
+        if not first and old.state != view.state and (old.state, view.state) != ("stale", "ok"):
             self._events.add("spark_" + view.state, f"{name} is {view.state}" + (f": {view.detail}" if view.detail else ""), spark=name)
         self._hosts.address(name, again=True)   # what failed is tried here, where nobody waits for it
         self._rest(lambda poll: 1 if swap else pause_after(poll, view.failures), lambda: swap is None and self._swap_at(name))

@@ -1954,7 +1954,7 @@ def test_what_an_engine_holds_on_the_gpu_is_in_its_sparks_ledger_and_a_gpu_that_
     assert told["engines"] == {"main": 18.69} and spark_state(two)["spark1"]["gpu"]["power_w"] == 3
     two.rig.control("spark1", "nvidia_hangs")
     hung = until(lambda: (s := spark_state(two)["spark1"])["gpu"] is None and s, 40)
-    assert hung["state"] in ("ok", "stale") and "nvidia-smi hangs" in hung["detail"] and hung["memory"] and two.post("/v1/completions", {"prompt": "hi"}).status == 200
+    assert hung["state"] == "ok" and "nvidia-smi hangs" in hung["detail"] and hung["memory"] and two.post("/v1/completions", {"prompt": "hi"}).status == 200
 
 
 class Stub(threading.Thread):
@@ -2516,22 +2516,49 @@ def test_of_two_freezes_the_later_is_kept_even_if_the_swap_was_over_before_it_wa
     assert kept() == 2.0
 
 
-@pytest.mark.parametrize("at_the_look, after", [("a", None), ("a", "a-rb"), (None, None), ("a-rb", "a-rb"), ("a", "a")])
-def test_the_last_looks_are_the_swaps_that_asked_for_them_whatever_runs_when_the_silence_is_known(monkeypatch, at_the_look, after):
-    running = lambda id_: id_ and types.SimpleNamespace(id=id_, slot="main", dry_run=False)
-    said = "".join(f"/proc/meminfo:{line}\n" for line in MEMINFO.splitlines()) + "@gpu\n@end\n"
-    config = types.SimpleNamespace(settings={"POLL_SECONDS": 5}, sparks={"spark1": None}, layout=types.SimpleNamespace(slots={"main": types.SimpleNamespace(hosts=("spark1",))}))
-    kept, book = [], types.SimpleNamespace(running=running("a"))
+SPARK_SAID = "".join(f"/proc/meminfo:{line}\n" for line in MEMINFO.splitlines()) + "@gpu\n@end\n"
 
-    def look(kind, then):
-        book.running, answer = running(then), types.SimpleNamespace(kind=kind, out=said if kind == "ok" else "", err="")
-        return answer
-    hosts = types.SimpleNamespace(address=lambda name, again: None)
-    m = sc.Monitor(types.SimpleNamespace(current=config, sparks=config.sparks), hosts, sc.Hub(), types.SimpleNamespace(add=lambda *told, **facts: None))
-    m.manager = types.SimpleNamespace(book=book, keep_box=lambda *box: kept.append(box))
+
+def watcher(monkeypatch):
+    """A Monitor in this process that looks at one Spark when told -> (it, its hosts, what it keeps of swaps, kinds of its events)."""
+    config = types.SimpleNamespace(settings={"POLL_SECONDS": 5}, sparks={"spark1": None}, layout=types.SimpleNamespace(slots={"main": types.SimpleNamespace(hosts=("spark1",))}))
+    kept, told, hosts = [], [], types.SimpleNamespace(address=lambda name, again: None)
+    m = sc.Monitor(types.SimpleNamespace(current=config, sparks=config.sparks), hosts, sc.Hub(), types.SimpleNamespace(add=lambda kind, *said, **facts: told.append(kind)))
+    m.manager = types.SimpleNamespace(book=types.SimpleNamespace(running=None), keep_box=lambda *box: kept.append(box))
     monkeypatch.setattr(m, "_rest", lambda *how: None)
     monkeypatch.setattr(sc, "owners_of", lambda config, spark: {})
     monkeypatch.setattr(sc, "remedy_for", lambda got, spark: "")
+    return m, hosts, kept, told
+
+
+def test_every_change_of_a_sparks_state_is_an_event_but_for_the_first_look(monkeypatch):
+    m, hosts, _, told = watcher(monkeypatch)
+    for kind, out in (("ok", SPARK_SAID), ("ok", "Welcome!\n"), ("unreachable", ""), ("unreachable", ""), ("ok", SPARK_SAID), ("ok", SPARK_SAID)):
+        hosts.run = lambda name, script, limit: types.SimpleNamespace(kind=kind, out=out, err="")
+        m._look_at_spark("spark1")
+    assert told == ["spark_unknown", "spark_unreachable", "spark_ok"] and set(told) <= set(sc.EVENTS)
+
+
+@pytest.mark.parametrize("rest, seconds", [("", 20), ("@docker\n", 36)])
+def test_a_spark_is_stale_when_it_is_late_and_later_where_a_part_of_it_hangs(monkeypatch, rest, seconds):
+    m, hosts, _, _ = watcher(monkeypatch)
+    hosts.run = lambda name, script, limit: types.SimpleNamespace(kind="ok", out=SPARK_SAID.replace("@end\n", rest or "@end\n"), err="")
+    m._look_at_spark("spark1")
+    heard = m._sparks["spark1"].heard
+    for after, state in ((seconds - 6, "ok"), (seconds, "stale")):
+        monkeypatch.setattr(sc.time, "monotonic", lambda: heard + after)
+        assert m.spark("spark1").state == state
+
+
+@pytest.mark.parametrize("at_the_look, after", [("a", None), ("a", "a-rb"), (None, None), ("a-rb", "a-rb"), ("a", "a")])
+def test_the_last_looks_are_the_swaps_that_asked_for_them_whatever_runs_when_the_silence_is_known(monkeypatch, at_the_look, after):
+    running = lambda id_: id_ and types.SimpleNamespace(id=id_, slot="main", dry_run=False)
+    m, hosts, kept, _ = watcher(monkeypatch)
+    book = m.manager.book
+
+    def look(kind, then):
+        book.running, answer = running(then), types.SimpleNamespace(kind=kind, out=SPARK_SAID if kind == "ok" else "", err="")
+        return answer
     for kind, now, then in (("ok", "a", "a"), ("ok", "a", "a"), ("time_out", at_the_look, after), ("time_out", after, after)):
         book.running, hosts.run = running(now), lambda name, script, limit: look(kind, then)
         m._look_at_spark("spark1")
