@@ -3251,13 +3251,12 @@ class SwapRun:
     def do_warming(self, s):
         """One tiny request, so that `ready` means: answers a prompt. The engine's death ends it early, as a cancel does."""
         done, stop = queue.SimpleQueue(), threading.Event()
-        limit = self.config.settings["SWAP_WARM_TIMEOUT"]
 
         def ask():
             try:
-                done.put(do_work(self.endpoint(self.slot), "", ENGINE_WORK({"model": s.model}), limit, stop))
+                done.put(do_work(self.endpoint(self.slot), "", ENGINE_WORK({"model": s.model}), self.config.settings["SWAP_WARM_TIMEOUT"], stop))
             except Exception as e:                          # told below, by the thread that decides
-                done.put(("the engine", 0, type(e).__name__.encode(), False))
+                done.put(("the engine", 0, why_silent(e)[1].encode(), False))
         threading.Thread(target=ask, name="warm", daemon=True).start()
         try:
             while done.empty():
@@ -3267,7 +3266,7 @@ class SwapRun:
             stop.set()
         if not good:
             self.log.add(f"{path} answered {status}: {reply[:300].decode('utf-8', 'replace')}")
-            what = f"{path}: HTTP {status}{' without a result' * (status < 300)}" if status else f"no answer within {limit:g} s"
+            what = f"{path}: HTTP {status}{' without a result' * (status < 300)}" if status else reply.decode()
             raise Failed("warming_failed", f"the engine is up, and its first request failed ({what})",
                          "the log's last lines may say why")
         self.m._observe(s.slot, Probe("serving", s.plan.served_names))

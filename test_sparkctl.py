@@ -2129,9 +2129,11 @@ WORK_DONE = {"/v1/completions": (200, {"choices": [{"text": "."}]}), "/v1/embedd
 @pytest.mark.parametrize("answers, told", [*(({path: said}, None) for path, said in WORK_DONE.items()),
     ({"/v1/completions": (200, {"choices": []})}, "/v1/completions: HTTP 200 without a result"),
     ({"/v1/completions": (200, b"<html>")}, "/v1/completions: HTTP 200 without a result"),
-    ({"/v1/completions": (500, b"{}"), "/pooling": WORK_DONE["/pooling"]}, "/v1/completions: HTTP 500"), ({}, "/v1/completions: HTTP 404")])
+    ({"/v1/completions": (500, b"{}"), "/pooling": WORK_DONE["/pooling"]}, "/v1/completions: HTTP 500"), ({}, "/v1/completions: HTTP 404"), (None, "connection refused")])
 def test_an_engine_is_ready_when_it_does_the_work_of_its_model_whatever_that_is(answers, told):
-    stub, ends = Stub({path: (404, b"{}") for path in WORK_DONE} | answers, "127.0.0.1"), []
+    stub, ends = Stub({path: (404, b"{}") for path in WORK_DONE} | (answers or {}), "127.0.0.1"), []
+    if answers is None:
+        stub.close()
     run = types.SimpleNamespace(config=types.SimpleNamespace(settings={"SWAP_WARM_TIMEOUT": 5.0}), slot=None, _watch=lambda s, pause: time.sleep(pause),
                                 endpoint=lambda slot: sc.Endpoint("127.0.0.1", stub.port), log=types.SimpleNamespace(add=lambda line: None),
                                 m=types.SimpleNamespace(_observe=lambda *seen: None, _conclude=lambda phase, plans: ends.append(phase)))
