@@ -3500,7 +3500,10 @@ class Arbiter:
 
     @contextlib.contextmanager
     def holding(self, token, force, what, client, ttl=150):
-        """The right to do what is no swap, and meanwhile the lock, the caller's or its own. Raises Refused 423, 409 while a swap runs."""
+        """The right to do what is no swap, and meanwhile the lock: the caller's, its own, or with force whoever's it is.
+
+        ttl: seconds that it may take. Raises Refused 423, 409 while a swap runs.
+        """
         ours = types.SimpleNamespace(holder=what, ttl=ttl, note="", client=client, swap="", told=True, lease=None)
         with self._changing() as news:
             self._settle_locked(news)
@@ -3513,7 +3516,7 @@ class Arbiter:
                 self._grant_locked(ours, news)
                 self._passing = ours.lease.fence
             elif lease and lease.left() < ttl:
-                self._commit_locked(self.book.replace(lease=lease.extended(ttl)))
+                self._commit_locked(self.book.replace(lease=lease.extended(ttl).replace(ttl=lease.ttl)))
         try:
             yield
         finally:

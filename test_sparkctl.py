@@ -425,6 +425,14 @@ def test_a_wall_clock_that_is_set_neither_shortens_nor_stretches_a_lease(tmp_pat
     assert manager(tmp_path).lock_info()["expires_in"] <= sc.LEASE_MAX_S
 
 
+def test_what_takes_longer_than_a_lease_has_left_stretches_it_this_once(tmp_path):
+    m = manager(tmp_path)
+    held = m.token(m.acquire("a", 100).lease)
+    with m.holding(held, False, "restart of asr", "127.0.0.1", ttl=300):
+        assert 290 < m.book.lease.left() <= 300 and m.book.lease.ttl == 100
+    assert m.acquire("", 50, token=held).lease.ttl == 50
+
+
 def test_a_lease_counts_for_nothing_from_the_moment_it_is_over(tmp_path):
     m = manager(tmp_path)
     old = m.token(m.acquire("a", 0.01).lease)
