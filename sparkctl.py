@@ -403,6 +403,11 @@ def choice(*words):
     return matching("|".join(words), f"must be one of {', '.join(words)}")
 
 
+def retry_after(seconds, most=math.inf):
+    """The header of a refusal: when to ask again."""
+    return {"Retry-After": str(min(most, max(1, math.ceil(seconds))))}
+
+
 def line_of(most):
     def parse(value):
         good = isinstance(value, str) and 0 < len(value) <= most and printable(value, most) == value
@@ -3298,7 +3303,7 @@ class Answered(Exception):
 def busy_with(s):
     """The refusal of who comes while a swap runs."""
     said = f"a swap to {s.model or 'nothing'} is running on {s.slot} ({s.phase}): wait for its end (GET /api/swap/{s.id}?wait=600), or cancel it"
-    return Refused(409, "swap_running", said, {"Retry-After": str(max(1, math.ceil(s.eta_seconds or 10)))},
+    return Refused(409, "swap_running", said, retry_after(s.eta_seconds or 10),
                    swap=s.id, model=s.model, phase=s.phase, eta_seconds=s.eta_seconds)
 
 
@@ -3438,7 +3443,7 @@ class Arbiter:
         told = lease.public(len(self._queue))
         del told["locked"]
         return Refused(status, code, f"{lease.holder} holds the lock until {told['expires_at']}" + (f" ({lease.note})" if lease.note else "") + "; " + remedy,
-                       {"Retry-After": str(max(1, math.ceil(lease.left())))}, **told, eta_seconds=told["expires_in"], **doing)
+                       retry_after(lease.left()), **told, eta_seconds=told["expires_in"], **doing)
 
     def leave(self, ticket, drop=False):
         """Step out of the queue; tells the refusal for a wait that ended, or None if the lease was given. drop: not wanted any more."""
@@ -3721,13 +3726,13 @@ class SwapManager(Arbiter):
             told = [{"swap": s.id, "ended_at": s.ended_at, **{k: s.error.get(k) for k in ("code", "message", "remedy")}} for s in failed]
             wait = max(1.0, parse_utc(failed[2].ended_at) + 3600 - now)
             raise Refused(409, "model_failing", f"{swap.model} failed to load {len(failed)} times in an hour: {failed[0].error['message']}; "
-                          "mend it, or try once more with ?force=true", {"Retry-After": str(math.ceil(wait))}, failures=told)
+                          "mend it, or try once more with ?force=true", retry_after(wait), failures=told)
         last = next((s for s in self.recent if s.slot == swap.slot and s.phase == "ready" and s.model and not s.dry_run), None)
         least = self._config().settings["MIN_SERVING_SECONDS"]
         if swap.automatic and last and self.book.slots.get(swap.slot) and 0 <= now - parse_utc(last.ended_at) < least:
             wait = parse_utc(last.ended_at) + least - now
             raise Refused(409, "serving_too_short", f"{last.model} serves for less than {least:g} s (MIN_SERVING_SECONDS); only a person or a "
-                          "lock's holder may replace it yet: ask again then", {"Retry-After": str(math.ceil(wait))}, eta_seconds=round(wait, 1))
+                          "lock's holder may replace it yet: ask again then", retry_after(wait), eta_seconds=round(wait, 1))
 
     def cancel(self, swap_id, token="", force=False, client=""):
         """Tell a swap to end; it cleans up first, and one that waits its turn ends at its beginning -> the Swap as it is now.
@@ -5331,7 +5336,7 @@ def route_model(name, config, served, swap, held):
     for key, ids in served.items():
         if (name in ids if name is not None else key == main and ids) and not (held and key == swap.slot) and place_of(config, key):
             return key, False
-    wait = {"Retry-After": str(min(MOST_WAIT_S, max(1, math.ceil(swap.eta_seconds or 30))))} if swap else NO_RETRY
+    wait = retry_after(swap.eta_seconds or 30, MOST_WAIT_S) if swap else NO_RETRY
     serving = sorted({ids[0] for ids in served.values() if ids})
     if name is None:
         if swap and swap.slot == main and swap.model:
@@ -6225,7 +6230,7 @@ class App:
                 left, eta = until - time.monotonic(), swap.eta_seconds if swap and swap.slot == where else None
                 if left <= 0 or (eta or 0) > left:
                     raise Refused(503, "swapping", f"slot {where} is loading {'the' if joined else 'another'} model, which takes longer than "
-                                  f"HOLD_SECONDS: ask again in {eta or 10:.0f} s", {"Retry-After": str(min(MOST_WAIT_S, max(1, math.ceil(eta or 10))))}, eta_seconds=eta)
+                                  f"HOLD_SECONDS: ask again in {eta or 10:.0f} s", retry_after(eta or 10, MOST_WAIT_S), eta_seconds=eta)
                 if ticket is None or line != where or waits and ticket.is_set():        # to the end of the line
                     if ticket:
                         gate.step_out(line, ticket)
