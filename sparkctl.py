@@ -2855,7 +2855,7 @@ class SwapLog:
 
     def _append_locked(self, at, said):
         self._lines.append((self._lines[-1][0] + 1 if self._lines else 1, at, said))
-        self._room -= len(said) + 26
+        self._room -= len(said.encode()) + 26
 
     def add(self, said):
         """Append one line; a line from outside may hold anything."""
@@ -3763,17 +3763,15 @@ class SwapManager(Arbiter):
         book, recent = self.book, []
         live, keyed = {s.id for s in (book.running, book.waiting) if s}, {a["swap"] for a in book.keys.values()}
         found = sorted(n[:-5] for n in os.listdir(self.dir) if n.endswith(".json"))
-        kept = set(live)
-        for name in found:
-            if name not in keyed and name not in found[-2 * self.KEEP:]:
-                continue
+        kept, old = set(live), {name for name in found[:-2 * self.KEEP] if name not in keyed}
+        for name in (name for name in found if name not in old):
             try:
                 recent.append(Swap.from_journal(read_state(os.path.join(self.dir, name + ".json"), warn)))
                 kept.add(recent[-1].id)
             except (OSError, TypeError, KeyError, ValueError, AttributeError) as e:
                 warn(f"swaps/{name}.json {'cannot be read' if isinstance(e, OSError) else 'is of another shape'} and is left out")
         for name in os.listdir(self.dir):                   # what a crash or a dry run left
-            if name.startswith(".tmp-") or name.endswith(".log") and name.split(".")[0] not in kept:
+            if name.startswith(".tmp-") or name.endswith(".log") and name.split(".")[0] not in kept or name.split(".")[0] in old:
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self.dir, name))
         recent.sort(key=lambda s: s.ended_at or "", reverse=True)
