@@ -690,7 +690,10 @@ class Hosts:
         return ["sh", "-c", script] if spark.local else [*ssh_argv(spark, self.control_dir), "sh -c " + quote_arg(script)]
 
     def run(self, name, script, timeout_s, cancel=None, send=None):
-        """Run script on the Spark of that name, or on that Spark -> Result. Never raises for what the Spark does; Cancelled once cancel is set."""
+        """Run script on the Spark of that name, or on that Spark, timeout_s at most (and 5 s, or once more, if the shared connection was bad) -> Result.
+
+        Never raises for what the Spark does; Cancelled once cancel is set.
+        """
         spark = name if isinstance(name, Spark) else self.sparks[name]
         result = self.run_once(spark, script, timeout_s, cancel, send)
         # A shared connection that is stale or frozen is torn down. A socket whose master died is replaced by ssh itself;
