@@ -4076,7 +4076,7 @@ class Webhooks:
             try:
                 status = self._post(url, row, body)
                 outcome = {"outcome": "delivered" if 200 <= status < 300 else "refused", "status": status,
-                           "detail": "redirects are not followed" if 300 <= status < 400 else ""}
+                           "detail": "" if 200 <= status < 300 else f"it answered {status}" + "; redirects are not followed" * (300 <= status < 400)}
             except Exception as e:                          # whatever a receiver does; this thread must not die of it
                 what = getattr(e, "reason", None) or getattr(e, "strerror", None) or type(e).__name__
                 late = time.monotonic() - began >= self.LIMIT_S

@@ -918,6 +918,7 @@ def test_a_dead_a_slow_and_a_redirecting_receiver_delay_nothing_and_are_told_apa
     rows = until(lambda: (r := p.get("/api/webhooks").json["deliveries"]) and any(x["outcome"] == "failed" and "within" in x["detail"] for x in r) and r)
     outcome = {url: {x["outcome"] for x in rows if x["to"] == url} for url in (dead, away.url, good.url)}
     assert outcome == {dead: {"failed"}, away.url: {"refused"}, good.url: {"delivered"}} and trap.got == []
+    assert {row["detail"] for row in rows if row["outcome"] == "refused"} == {"it answered 302; redirects are not followed"}
     assert p.swap("alpha").status == 200 and len(good.got) == 6             # nobody asked for swaps here
 
 
