@@ -690,10 +690,7 @@ class Hosts:
         return ["sh", "-c", script] if spark.local else [*ssh_argv(spark, self.control_dir), "sh -c " + quote_arg(script)]
 
     def run(self, name, script, timeout_s, cancel=None, send=None):
-        """Run script on the Spark of that name, or on that Spark, timeout_s at most (and 5 s, or once more, if the shared connection was bad) -> Result.
-
-        Never raises for what the Spark does; Cancelled once cancel is set.
-        """
+        """Run script on that Spark, or the one of that name, for timeout_s at most, twice if the shared connection was bad -> Result. Raises Cancelled once cancel is set."""
         spark = name if isinstance(name, Spark) else self.sparks[name]
         result = self.run_once(spark, script, timeout_s, cancel, send)
         # A shared connection that is stale or frozen is torn down. A socket whose master died is replaced by ssh itself;
@@ -1543,12 +1540,10 @@ def make_plan(model, slot, config, flags=frozenset(("--name",)), need_gb=0, weig
     words = launcher_words(model, slot, settings["LAUNCH_DIR"], flags) if cluster else template_words(model, slot, template)
     # since is known only when the engine starts; the other words are quoted text that may look like a word
     logs = "\0".join(fill(part, words) for part in template.logs.split("{since}"))
-    knobs = {k.replace("_", "-"): v for k, v in model.knobs}
-    launch = build_launch_command(model, slot, settings["LAUNCH_DIR"], flags, None if cluster else template)
-    shown = hide(launch, model.secrets())
+    launch, hidden = build_launch_command(model, slot, settings["LAUNCH_DIR"], flags, None if cluster else template), sorted(model.secrets())
     return Plan(slot.name, model.key, model.served_names, slot.hosts if model.mode == "cluster" else slot.hosts[:1],
-                slot.port, slot.container, slot.backend, launch, shown, stop_command(slot, config, model.mode == "cluster"), logs, fill(template.alive, words),
-                need_gb, weights_gb, tuple(sorted(model.secrets())))
+                slot.port, slot.container, slot.backend, launch, hide(launch, hidden), stop_command(slot, config, model.mode == "cluster"), logs,
+                fill(template.alive, words), need_gb, weights_gb, tuple(hidden))
 
 
 # --- scripts; each is POSIX sh, runs on one Spark, and may be run twice without harm
@@ -3508,10 +3503,7 @@ class Arbiter:
 
     @contextlib.contextmanager
     def holding(self, token, force, what, client, ttl=150):
-        """The right to do what is no swap, and meanwhile the lock: the caller's, its own, or with force whoever's it is.
-
-        ttl: seconds that it may take. Raises Refused 423, 409 while a swap runs.
-        """
+        """The right to do what is no swap, for ttl seconds at most, and meanwhile the lock: the caller's, its own, or with force anybody's. Raises Refused 423, 409."""
         ours = types.SimpleNamespace(holder=what, ttl=ttl, note="", client=client, swap="", told=True, lease=None)
         with self._changing() as news:
             self._settle_locked(news)
@@ -5113,8 +5105,6 @@ class Monitor:
         """Record what a slot answered; mark: of a poll, the slot's when it asked, so that a change is none of our swaps' doing."""
         with self._lock:
             old = self._slots.get(name)
-            if name not in self._store.current.layout.slots:        # it left the files during its swap, and nobody looks at it any more
-                return
             if old and old.probe == probe or mark and self.manager.mark(name) != mark:     # a swap began or ended meanwhile: it knows better
                 return
             same = old and old.probe[:2] == probe[:2]       # but for why, which may tell an empty slot from an unknown one
@@ -6152,8 +6142,7 @@ class App:
                  **self.monitor.service(s.name)._asdict()} for s in self.monitor.services(config).values()]
 
     def exposed(self):
-        bind, key = self.store.started["SPARKCTL_BIND"], self.store.settings["SPARKCTL_API_KEY"]
-        return [] if self.demo else exposure(bind, key, os.geteuid() == 0)[0]
+        return [] if self.demo else exposure(self.store.started["SPARKCTL_BIND"], self.store.settings["SPARKCTL_API_KEY"], os.geteuid() == 0)[0]
 
     def state(self):
         config, version = self.store.current, self.hub.version()
@@ -6169,15 +6158,13 @@ class App:
                 "transfers": list(self.transfers.shown(self.transfers.running())), "failed_transfers": list(self.transfers.shown(self.transfers.failed())),
                 "events": self.events.since(0, 50), "settings": config.settings.public()}
 
-    @contextlib.contextmanager
     def parking(self):
-        """Around whatever keeps a connection waiting. Raises Refused 503 if too many do."""
+        """A context around whatever keeps a connection waiting. Raises Refused 503 if too many do."""
         if not self._parked.acquire(blocking=False):
             raise Refused(503, "too_many_waiting", f"{PARKED_MAX} requests wait already: ask again in some seconds", {"Retry-After": "5"})
-        try:
-            yield
-        finally:
-            self._parked.release()
+        parked = contextlib.ExitStack()
+        parked.callback(self._parked.release)
+        return parked
 
     def poll(self, r, predicate, wait_s):
         """Park until predicate() or wait_s is over or we stop. Raises ClientGone if the client of r (None: a job) hangs up meanwhile."""
@@ -6208,7 +6195,7 @@ class App:
         While a swap brings the model it waits in line, for HOLD_SECONDS at most; with AUTO_SWAP it may begin that swap.
         The ticket is to be stepped out with once the request is on its way. Raises Refused 404, 503; ClientGone.
         """
-        gate, ticket, line, joined, until = self.gate, None, None, None, None
+        gate, ticket, line, joined, parked = self.gate, None, None, None, None
         try:
             while True:
                 config, served, swap = self.store.current, self.monitor.served, self.swaps.book.running
@@ -6224,10 +6211,8 @@ class App:
                         return where, ticket if line == where else None
                     gate.leave(where)           # a swap came between: look again
                     continue
-                if until is None:
-                    if not self._parked.acquire(blocking=False):
-                        raise Refused(503, "too_many_waiting", f"{PARKED_MAX} requests wait already: ask again in some seconds", {"Retry-After": "5"})
-                    until = time.monotonic() + config.settings["HOLD_SECONDS"]
+                if not parked:
+                    parked, until = self.parking(), time.monotonic() + config.settings["HOLD_SECONDS"]
                 left, eta = until - time.monotonic(), swap.eta_seconds if swap and swap.slot == where else None
                 if left <= 0 or (eta or 0) > left:
                     raise Refused(503, "swapping", f"slot {where} is loading {'the' if joined else 'another'} model, which takes longer than "
@@ -6244,8 +6229,8 @@ class App:
                 gate.step_out(line, ticket)
             raise
         finally:
-            if until is not None:
-                self._parked.release()
+            if parked:
+                parked.close()
 
     def bring(self, r, name, config, joined, refusal):
         """What AUTO_SWAP does for a model that is not served: begin its swap, once -> (slot, that swap's id).
@@ -6464,7 +6449,7 @@ class App:
                     raise Refused(502, "unreachable", why_silent(e)[1]) from None
                 return "connection refused, as it should be: the slot is empty"
             return "connected"
-        logins = {s for s in config.sparks.values()} | {self.spark_of(config, s) for s in services if s.host}
+        logins = {*config.sparks.values()} | {self.spark_of(config, s) for s in services if s.host}
         asks = [({"name": s.name, "kind": "ssh", "host": s.host, "user": s.user}, functools.partial(self.on_spark, s, "unreachable", "", "exit 0", 10))
                 for s in sorted(logins, key=repr)]
         for name, kind, place in ([(s.name, "slot", endpoint_of(s, self.hosts, config.settings)) for s in config.layout.slots.values()]
@@ -6626,8 +6611,7 @@ def post_webhook_test(app, r):
 
 def get_swap(app, r):
     swap, since = functools.partial(app.swaps.get, r.args["id"]), r.query.get("since", math.inf)
-    over = lambda: swap().phase in TERMINAL or swap().seq > since
-    app.poll(r, over, r.query.get("wait", 0))
+    app.poll(r, lambda: swap().phase in TERMINAL or swap().seq > since, r.query.get("wait", 0))
     return 200, swap().public()
 
 
