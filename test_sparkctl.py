@@ -4421,6 +4421,12 @@ def test_a_spark_that_froze_in_a_swap_is_told_with_its_last_figures_and_a_name_o
     s["sparks"][0]["ledger"] = None             # as while a swap runs
     page = open_page(browser, p, canned={**s, "last": swap}, timezone_id="UTC")
     sees(page, "Last heard of at 10:00:45: 0.8 GB free, 30.0 at 10:00:00")
+    assert page.locator("#events li").all_inner_texts() == ["10:02\njob j (health): 3 answered, 2 times since 10:00", "10:01\njob k (warm): alpha answered"]
+    past = p.get("/api/history").json
+    past["slots"]["main"] = {"at": [s["now"]] * 3, "tokens_per_s": [None, 8.0, 9.4]}
+    page.route("**/api/history*", lambda route: route.fulfill(json=past))
+    page.evaluate("more('history')")
+    sees(page, "Tokens/s, last hour, peak 9")
     assert "spark2" in page.locator(".outcome dl").inner_text() and page.locator("#tiles").get_by_text("2 voices, 1 collection", exact=True).count() == 1
     assert page.locator(".outcome .log ol").evaluate("n => n.scrollHeight - n.scrollTop - n.clientHeight") < 2     # at its last line
     assert page.locator(".spark .ledger").first.inner_text().split() == ["Engine", "–", "Services", "–", "Cache", "–", "Other", "81.7", "Free", "40.0"]
