@@ -4418,6 +4418,8 @@ def test_a_spark_that_froze_in_a_swap_is_told_with_its_last_figures_and_a_name_o
             "blackbox": {"spark2": {"lost_at": s["now"], "samples": [look("2026-01-01T10:00:00Z", 30.0), look("2026-01-01T10:00:45Z", 0.8)]}}}
     s["services"] = [{**s["services"][0], "name": "qdrant", "state": "serving", "facts": {"collections": ["notes"], "voices": ["a", "b"]}}]
     swap["error"]["log_tail"] = [f"line {n}" for n in range(99)]
+    told = (("j", "job j (health): 3 answered"), ("k", "job k (warm): alpha answered"), ("j", "job j (health): 3 answered"))
+    s["events"] = [{"n": 9 - n, "kind": "job_ok", "at": f"{s['now'][:10]}T10:0{2 - n}:00Z", "job": job, "text": text} for n, (job, text) in enumerate(told)]
     s["sparks"][0]["ledger"] = None             # as while a swap runs
     page = open_page(browser, p, canned={**s, "last": swap}, timezone_id="UTC")
     sees(page, "Last heard of at 10:00:45: 0.8 GB free, 30.0 at 10:00:00")
