@@ -4199,6 +4199,7 @@ def test_a_swap_takes_two_clicks_and_tells_what_went_wrong_and_what_to_do(browse
     page.locator(".swap .log li").get_by_text("checkpoint shards").first.wait_for()
     sees(page, re.compile(r"^Loading weights, \d+ of 12 files"))
     page.wait_for_function("() => /^● /.test(document.title)")
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Swap to Tiny Chat 7B"        # where the question came from
     row(page, "Tiny Chat 7B").get_by_text("Serving on main").wait_for()
     assert page.title() == "Tiny Chat 7B · sparkctl" and page.locator("#slots .model-name").inner_text() == "Tiny Chat 7B"
     page.get_by_role("button", name="Swap to Bad Luck").click()
