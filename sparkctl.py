@@ -7409,13 +7409,20 @@ def demo_setup(folder):
 class DemoEngine(Handler):
     """Answers like vLLM 0.33, and like a few services. Its server's app is the model's names."""
 
+    made = collections.Counter()                # tokens so far, by VLLM_METRICS; counted about right is enough here
+
+    def metrics(self):
+        busy = self.server.count(0) - 1
+        told = {"running": busy, "waiting": 0, "kv_use": min(1, 0.04 * busy), "prompt_tokens": 0, "generation_tokens": 0, **self.made}
+        return "".join(f"{name} {told[ours]}\n" for name, ours in VLLM_METRICS.items()).encode()
+
     def answer(self, request, length):
         asked, names = parse_json(self.read_body(request, length, 32 << 20)), self.server.app
         cards = [{"id": name, "object": "model", "owned_by": "vllm"} for name in names]
         known = {"/health": {}, "/v1/models": {"object": "list", "data": cards}, "/version": {"version": "0.33.0"}, "/readyz": {},
                  "/info": {"model_id": "demo/tiny-embed"}, "/v1/embeddings": {"data": [{"embedding": [0.6, 0.8]}]}, "/v1/audio/speech": b"RIFF",
-                 "/v1/audio/voices": {"voices": ["af_heart", "bf_emma"]}, "/collections": {"result": {"collections": [{"name": "notes"}]}}}
-        if request.method == "GET" or request.path in known:
+                 "/v1/audio/voices": {"voices": ["af_heart", "bf_emma"]}, "/metrics": self.metrics(), "/collections": {"result": {"collections": [{"name": "notes"}]}}}
+        if request.method == "GET" or request.path in known or request.path not in ("/v1/chat/completions", "/v1/completions"):
             return self.reply(request, 200 if request.path in known else 404, known.get(request.path, {"detail": "Not Found"}))
         name = asked.get("model") or names[0]
         if name not in names:
@@ -7425,6 +7432,8 @@ class DemoEngine(Handler):
         text = f"This is {names[0]}, a pretended model. You said: {said}"
         usage = {"prompt_tokens": len(str(said).split()), "completion_tokens": len(text.split())}
         usage["total_tokens"] = sum(usage.values())
+        self.made["prompt_tokens"] += usage["prompt_tokens"]
+        self.made["generation_tokens"] += 0 if streams else usage["completion_tokens"]
         base = {"id": "demo-" + request.id, "created": int(time.time()), "model": names[0],
                 "object": "text_completion" if not chat else "chat.completion.chunk" if streams else "chat.completion"}
 
@@ -7435,6 +7444,7 @@ class DemoEngine(Handler):
         def run(send):
             for word in re.findall(r"\S+\s*", text):
                 send(b"data: " + to_json({**base, "choices": choices(word, None)}) + b"\n\n")
+                self.made["generation_tokens"] += 1
                 time.sleep(0.03)
             send(b"data: " + to_json({**base, "choices": [], "usage": usage}) + b"\n\ndata: [DONE]\n\n")
         return self.reply(request, 200, run if streams else {**base, "choices": choices(text, "stop"), "usage": usage})
@@ -7459,10 +7469,8 @@ def demo_engine(port, model, *names):
     server = Server(("127.0.0.1", int(port)), names, DemoEngine)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print("INFO:     Application startup complete.", flush=True)
-    with contextlib.suppress(ProcessLookupError):
-        while True:
-            os.kill(int(os.environ["SPARKCTL_DEMO_PID"]), 0)        # only asks whether it lives
-            time.sleep(0.3)
+    while os.path.exists(f"/proc/{os.environ['SPARKCTL_DEMO_PID']}"):
+        time.sleep(0.3)
     return 0
 
 

@@ -3909,6 +3909,9 @@ def test_the_demo_has_sparks_with_a_gpu_and_services_that_work(start):
     followed = p.post("/api/services/kokoro/restart?follow=true").body.decode().splitlines()
     assert (followed[0], followed[-1]) == ("-- docker restarts container kokoro on spark2", "-- container kokoro on spark2 was restarted")
     assert p.post("/api/services/qdrant/restart").json["detail"] == "container qdrant on spark2 was restarted"
+    assert p.post("/api/swap?wait=30", {"model": "tiny-chat"}).status == 200 and p.post("/v1/completions", {"prompt": "hi"}).status == 200
+    facts = until(lambda: (f := serves(p)["facts"]).get("tokens_per_s") is not None and f)
+    assert facts["running"] == 0 and facts["kv_use"] == 0 and p.post("/tokenize", {"prompt": "hi"}).status == 404
 
 
 def find_log(program):
