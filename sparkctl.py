@@ -3511,7 +3511,7 @@ class Arbiter:
             if running and not force:
                 raise busy_with(running)
             if overridden:
-                news.append(("lock_override", f"{client} overrode the lock of {overridden.holder} for a {what}", overridden.facts(client)))
+                news.append(("lock_override", f"{client} overrode the lock of {overridden.holder} for {what}", overridden.facts(client)))
             elif lease is None and ttl:
                 self._grant_locked(ours, news)
                 self._passing = ours.lease.fence
@@ -3521,7 +3521,7 @@ class Arbiter:
             yield
         finally:
             if ours.lease:
-                self.end_lease(ours.lease.fence, "it is over")
+                self.end_lease(ours.lease.fence, "its work is done")
 
     # --- Idempotency-Keys
 
@@ -5985,7 +5985,7 @@ def job_locked(action):
                 tell(detail=printable(f"waits: {e}", 500))
             finally:
                 if not app.closing.is_set():
-                    app.swaps.end_lease(lease.fence, "its job is done")
+                    app.swaps.end_lease(lease.fence, "its work is done")
             app.poll(None, lambda: busy and not app.swaps.book.running or gone(), pause)
     return run
 
@@ -6403,7 +6403,7 @@ class App:
         spark, c = self.spark_of(config, service), quote_arg(service.container)
         script = f"t=$(date +%s); docker restart -t 30 {c} || exit 1\n" + (f"timeout 5 docker logs -f --since \"$t\" {c} 2>&1; exit 0" if send else "")
         first = iter((f"-- docker restarts container {service.container} on {service.host}\n".encode(),))        # goes with what docker says: before that it may still be refused
-        with self.swaps.holding(token, force, f"restart of {name}", client):
+        with self.swaps.holding(token, force, f"the restart of {name}", client):
             self.events.add("service_restart", f"{client} restarts {name}", service=name, client=client)
             self.on_spark(spark, "restart_failed", f"{name} on {service.host}: ", script, 125, send=send and (lambda data: send(next(first, b"") + data)))
         return f"container {service.container} on {service.host} was restarted"
@@ -6684,7 +6684,7 @@ def delete_disk(app, r):
     others = [m.key for m in config.models.values() if m.repo == model.repo and m.key != model.key]
     if others and not r.query.get("force"):
         raise Refused(409, "repo_shared", f"{', '.join(others)} needs {model.repo} too; force=true deletes it all the same", models=others)
-    with app.swaps.holding(**right_of(r), what=f"deletion of {model.key}'s weights", ttl=0):
+    with app.swaps.holding(**right_of(r), what=f"the deletion of {model.key}'s weights", ttl=0):
         return 200, {"model": model.key, "repo": model.repo, "hosts": app.transfers.delete(model, names_, r.client, refuse_if_used)}
 
 

@@ -1276,7 +1276,7 @@ def test_a_restart_is_streamed_and_nobody_swaps_meanwhile(two):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         said = pool.submit(two.post, "/api/services/asr/restart?follow=true")
         held = until(lambda: (got := two.get("/api/swap/lock").json)["locked"] and got)
-        assert held["holder"] == "restart of asr" and two.post("/api/swap", {"model": "alpha"}).code == "swap_locked"
+        assert held["holder"] == "the restart of asr" and two.post("/api/swap", {"model": "alpha"}).code == "swap_locked"
         assert two.post("/api/services/asr/restart").code == "swap_locked"
         got = said.result(60)
     lines = got.body.decode().splitlines()
