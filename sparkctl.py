@@ -5940,9 +5940,11 @@ def pick_slot(config, name):
     return entry_of(slots, "slot", name, known=list(slots))
 
 
-def wide_enough(model, slot):
+def fitting(model, slot):
+    """Both, if the slot has as many Sparks as the model needs. Raises Refused 409."""
     if model.mode == "cluster" and len(slot.hosts) < 2:
         raise Refused(409, "needs_cluster", f"{model.key} is a cluster model, and slot {slot.name} has one Spark: name another slot, or give it more hosts", slot=slot.name)
+    return slot, model
 
 
 SWAP_STATUS = {"ready": 200, "planned": 200, "failed": 502, "cancelled": 409}
@@ -6305,7 +6307,7 @@ class App:
         With lock: stand in the queue, wait for a swap that runs, swap, tell the token. If it fails, the lease ends.
         """
         config, fence, replay = self.store.current, 0, lambda: self.swaps.answer_to(idempotency)
-        wide_enough(config.models[key], slot)
+        fitting(config.models[key], slot)
         options = {"rollback": config.settings["SWAP_ROLLBACK"], **options}
         try:
             if replay():
@@ -6576,13 +6578,6 @@ def post_swap(app, r):
     return app.swap(r, slot, model.key, {**body, **right_of(r)}, r.query.get("wait"), lock, idempotency)
 
 
-def post_validate(app, r):
-    config = app.store.current
-    model, slot = entry_of(config.models, "model", r.args["key"]), pick_slot(config, r.json.get("slot"))
-    wide_enough(model, slot)
-    return 200, app.swaps.validate(slot, model)
-
-
 def post_lock(app, r):
     lease = app.take_lock(r, r.json, r.headers.get("x-swap-lock-token", ""), swap="asked", told=False)
     return 201, app.lock_reply(app.swaps.answered(lease.fence) or lease)        # it may have been over at once
@@ -6619,12 +6614,11 @@ def stream_swap(app, r):
     """Server-sent events. An id is `log lines.phases.seq` seen so far, so that Last-Event-ID resumes exactly there."""
     swap = app.swaps.get(r.args["id"])
     last = re.fullmatch(r"(\d{1,9})\.(\d{1,4})\.(\d{1,9})(\.end)?", r.headers.get("last-event-id", ""), re.ASCII)
-    seen = [int(last[i]) for i in (1, 2, 3)] if last else [0, 0, 0]
     if last and last[4] and swap.phase in TERMINAL:
         return 204, b"", {}                     # tells an EventSource not to come back
 
     def run(send):
-        swap_log, n, shown, quiet = app.swaps.log_of(swap.id), list(seen), None, 0
+        swap_log, n, shown, quiet = app.swaps.log_of(swap.id), [int(last[i]) for i in (1, 2, 3)] if last else [0, 0, 0], None, 0
 
         def event(name, data, mark=""):
             send(f"event: {name}\nid: {n[0]}.{n[1]}.{n[2]}{mark}\ndata: ".encode() + to_json(data) + b"\n\n")
@@ -6841,8 +6835,7 @@ class Route(NamedTuple):
     slow: bool = False          # asks Sparks or engines: counts as one who waits
 
     def match(self, path):
-        pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(self.path))
-        return re.fullmatch(pattern, path)
+        return re.fullmatch(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^/]+)", re.escape(self.path)), path)
 
 
 WAIT, FORCE, SINCE = {"wait": number(0, 86400)}, {"force": flag}, {"since": number(0, 10**15, int)}
@@ -6878,7 +6871,8 @@ ROUTES = (
     Route("GET",    "/api/swap/{id}",        get_swap, WAIT | SINCE),
     Route("DELETE", "/api/swap/{id}",        lambda app, r: (202, app.swaps.cancel(r.args["id"], **right_of(r)).public()), FORCE),
     Route("GET",    "/api/swap/{id}/stream", stream_swap),
-    Route("POST",   "/api/swap/{key}/validate", post_validate, {}, {"slot": line_of(64)}, slow=True),
+    Route("POST",   "/api/swap/{key}/validate", lambda app, r: (200, app.swaps.validate(*fitting(
+        entry_of((config := app.store.current).models, "model", r.args["key"]), pick_slot(config, r.json.get("slot"))))), {}, {"slot": line_of(64)}, slow=True),
     Route("POST",   "/api/unload",           lambda app, r: app.swap_reply(r, app.swaps.start(
         pick_slot(app.store.current, r.json.get("slot")).name, None, note=r.json.get("note", ""), **right_of(r)), r.query.get("wait")), WAIT | FORCE, {"slot": line_of(64), "note": line_of(500)}),
     Route("GET",    "/api/schedule",         lambda app, r: (200, dict(zip(("schedules", "conflicts"), app.schedules.view())))),

@@ -4455,7 +4455,7 @@ def test_an_update_touches_only_what_changed_however_long_catalog_and_log_are(br
     }""")
     assert page.evaluate("new Promise(done => setTimeout(() => done(seen.length), 0))") == 0
     page.evaluate("""() => {
-        const swap = {id: "s", slot: "main", model: "m1", phase: "loading", phases: [], started_at: state.page.now};
+        const swap = {id: "s", slot: "main", model: "m1", phase: "loading", phases: [], progress: {fraction: 0.5, text: ""}, started_at: state.page.now};
         reading = {id: "s", abort: new AbortController()};
         state = {...state, swap, page: {...state.page, log: {id: "s", lines: Array.from({length: 10000}, (_, n) => ({n, text: `line ${n}`}))}}};
         render();
