@@ -4526,6 +4526,10 @@ def test_the_page_is_small_and_writes_text_as_text():
 README = (HERE / "README.md").read_text()
 
 
+def test_the_readme_names_every_kind_of_event():
+    assert sorted(re.findall(r"`(\w+)`", re.search(r"Kinds of events\.(.*?)\n\n", README, re.S)[1])) == sorted(sc.EVENTS)
+
+
 def test_the_readmes_table_of_checks_is_the_codes():
     section = re.search(r"\| check \| looks at \|\n(.*?)\n\n", README, re.S)[1]
     assert sorted(re.findall(r"`(\w+)`", "".join(row.split("|")[1] for row in section.splitlines()))) == sorted(sc.CHECKS)
