@@ -3900,7 +3900,7 @@ def test_the_demo_shows_a_swap_a_failure_with_rollback_and_answers_chat(start, t
 
 
 def test_the_demo_has_sparks_with_a_gpu_and_services_that_work(start):
-    p = start(args=("--demo",))
+    p = start({"POLL_SECONDS": "1"}, args=("--demo",))
     until(lambda: [t["state"] for t in tiles(p).values()] == ["serving"] * 3 and all((s["gpu"] or {}).get("power_w") == 25 for s in spark_state(p).values()), 30)
     assert {kind: set(t["facts"]) for kind, t in tiles(p).items()} == {"embeddings": {"model"}, "kokoro": {"voices"}, "qdrant": {"collections"}}
     assert all(s["detail"] == "" and len(s["containers"]) == 3 for s in spark_state(p).values())
