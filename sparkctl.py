@@ -3015,8 +3015,7 @@ class SwapRun:
     # --- helpers
 
     def on(self, host, script, timeout_s):
-        got = self.m.hosts.run(host, script, timeout_s, self.cancel)
-        return got._replace(out=hide(got.out, self.hidden), err=hide(got.err, self.hidden))
+        return self.m.hosts.run(host, script, timeout_s, self.cancel)
 
     def endpoint(self, place):
         return endpoint_of(place, self.m.hosts, self.config.settings)
@@ -3090,8 +3089,9 @@ class SwapRun:
         deadline = time.monotonic() + self.config.settings["SWAP_STOP_TIMEOUT"]
         cluster, head, c = place.backend == "launch-cluster", place.hosts[0], quote_arg(place.container)
 
-        def run(hosts, script, most=1e9):
-            return self.m.hosts.each(hosts, lambda host: self.on(host, script, max(1.0, min(most, deadline - time.monotonic()))))
+        def run(hosts, script, most=1e9):       # what is said is logged and kept, not read
+            got = self.m.hosts.each(hosts, lambda host: self.on(host, script, max(1.0, min(most, deadline - time.monotonic()))))
+            return {host: r._replace(out=hide(r.out, self.hidden), err=hide(r.err, self.hidden)) for host, r in got.items()}
         hosts = [host for host in place.hosts if host in needed or host not in self.down]
         for host in set(place.hosts) - set(hosts):
             self.log.add(f"warning: {host} did not answer, so nothing is stopped there")
@@ -3159,7 +3159,7 @@ class SwapRun:
         lines = [line for line in f"{got.out}\n{got.err}".splitlines() if line.strip()]
         # the first line that begins so is ours, whatever a login shell says before it and the launcher after it
         since = next((line[6:].strip() for line in lines if line.startswith("since ")), "")
-        lines = [line for line in lines if line != "since " + since]
+        lines = [hide(line, self.hidden) for line in lines if line != "since " + since]
         for line in lines:
             self.log.add(line)
         if got.kind == "time_out" and got.code != 255:      # 255: it was ssh that got no answer

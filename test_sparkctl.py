@@ -6402,7 +6402,7 @@ def test_a_clean_up_that_our_own_end_cut_off_is_done_again_at_the_next_start(tmp
 
 def test_a_head_that_ssh_cannot_reach_is_not_told_as_a_launcher_that_hangs():
     for code, told in ((255, "unreachable"), (-1, "launch_timeout")):
-        run = types.SimpleNamespace(config=types.SimpleNamespace(settings={"SWAP_LAUNCH_TIMEOUT": 5.0}, sparks={"spark1": sc.Spark("spark1", "host1")}), left=lambda limit: 0.0,
+        run = types.SimpleNamespace(config=types.SimpleNamespace(settings={"SWAP_LAUNCH_TIMEOUT": 5.0}, sparks={"spark1": sc.Spark("spark1", "host1")}), left=lambda limit: 0.0, hidden=(),
                                     on=lambda *asked: sc.Result("time_out", code, "", "ssh: connect to host host1 port 22: Connection timed out"), log=types.SimpleNamespace(add=lambda line: None))
         with pytest.raises(sc.Failed) as failed:
             sc.SwapRun.do_launching(run, types.SimpleNamespace(id="x", plan=types.SimpleNamespace(hosts=("spark1",), launch="true")))
@@ -6419,15 +6419,21 @@ def test_a_slot_that_left_the_files_during_its_swap_is_published_to_nobody(two):
     assert two.get("/v1/models").json["data"] == []
 
 
-def test_what_a_model_kept_secret_when_it_was_launched_is_hidden_though_the_catalog_changed_since(tmp_path):
-    m = manager(tmp_path)
+def test_what_a_model_kept_secret_when_it_was_launched_is_hidden_though_the_catalog_changed_since(tmp_path, monkeypatch):
+    m, asked = manager(tmp_path), []
     swap = m.start("main", "alpha")
-    m._update(plan=sc.Plan("main", "alpha", ("alpha",), ("spark1",), 1, "c", "b", "", "", "", "", "", hidden=("old s3cret",)))
-    m.hosts = types.SimpleNamespace(run=lambda host, script, timeout_s, cancel: sc.Result("failed", 1, "TOKEN=old\\ s3cret", "is old s3cret"))
+    m._update(plan=sc.Plan("main", "alpha", ("alpha",), ("spark1",), 1, "c", "template", "", "", "stop", "", "", hidden=("old s3cret", "120")))
+
+    def run_(host, script, timeout_s, cancel):
+        asked.append(script)
+        return sc.Result("failed", 1, "available 1200000\n", "TOKEN=old\\ s3cret is old s3cret")
+    m.hosts = types.SimpleNamespace(run=run_, each=lambda hosts, job: {host: job(host) for host in hosts}, address=lambda name: "127.0.0.1")
+    monkeypatch.setattr(sc, "probe_vllm_endpoint", lambda endpoint, timeout_s: sc.Probe("silent"))
     run = sc.SwapRun(m, m._config(), threading.Event())
-    assert run.on("spark1", "x", 1)[2:] == ("TOKEN=***", "is ***")
+    assert run.on("spark1", "x", 1).out == "available 1200000\n"         # what is read is not touched
+    run.stop_engine(m.book.running.plan, ("spark1",))
     run._heard("engine: old s3cret")
-    assert m.log_of(swap.id).tail() == ["engine: ***"]
+    assert asked[-1] == "stop" and m.log_of(swap.id).tail() == ["spark1: the template's stop ended with 1: TOKEN=*** is ***", "engine: ***"]
 
 
 def test_a_log_on_disk_ends_at_its_bytes_whatever_it_is_written_in(tmp_path, monkeypatch):
